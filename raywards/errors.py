@@ -1,0 +1,107 @@
+"""Every error that raywards raises on purpose.
+
+    RaywardsError
+    ├── InputError (ValueError)          what a caller handed over cannot be used
+    │   ├── ConfigError                  a setting, a flag, a key of a YAML file
+    │   ├── RowError                     a preference row
+    │   ├── ConversationError            a conversation to score
+    │   ├── ModelError                   a model folder or hub id
+    │   └── CheckpointError              a checkpoint or an export
+    ├── TrainingError (RuntimeError)     a run that had to stop
+    │   └── NonFiniteError               a loss or a gradient that is NaN or infinite
+    └── ServiceError (RuntimeError)      a scoring endpoint did not give a reward
+        ├── RequestRefusedError          it refused the request (4xx)
+        ├── OverloadedError              it is full, starting or draining (503)
+        ├── DeadlineError (TimeoutError) the deadline passed first
+        └── UnreachableError (ConnectionError)
+
+A message says what was seen, what is expected, and the next move. Details that a program may want
+(`row`, `field`, `status`) are attributes. All of them can be pickled: Ray carries them between
+processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class RaywardsError(Exception):
+    """Root of the tree. Keyword arguments become attributes and survive pickling."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(details)
+
+
+class InputError(RaywardsError, ValueError):
+    """What a caller handed over cannot be used."""
+
+
+class ConfigError(InputError):
+    """A setting is unknown, out of range, or in conflict with another."""
+
+
+class RowError(InputError):
+    """A preference row cannot become a pair. Attributes: `source`, `row`, `field`, `reason`."""
+
+    source: str
+    row: int
+    field: str
+    reason: str
+
+
+class ConversationError(InputError):
+    """A conversation cannot be rendered or scored. Attribute: `reason`."""
+
+    reason: str
+
+
+class ModelError(InputError):
+    """A model folder or hub id cannot serve as the reward model that was asked for."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint or export is incomplete, damaged, or belongs to something else."""
+
+
+class TrainingError(RaywardsError, RuntimeError):
+    """A training run had to stop."""
+
+
+class NonFiniteError(TrainingError):
+    """A loss or gradient is NaN or infinite. The optimizer step was not applied."""
+
+
+class ServiceError(RaywardsError, RuntimeError):
+    """A scoring endpoint did not answer with rewards. Attributes: `status`, `request_id`."""
+
+    status: int | None = None
+    request_id: str | None = None
+
+
+class RequestRefusedError(ServiceError):
+    """The endpoint refused the request: sending it again will not help. Attribute: `field`."""
+
+    field: str | None = None
+
+
+class OverloadedError(ServiceError):
+    """The endpoint is full, starting or draining. Attribute: `retry_after_s`."""
+
+    retry_after_s: float | None = None
+
+
+class DeadlineError(ServiceError, TimeoutError):
+    """The deadline of the request passed before a reward was there."""
+
+
+class UnreachableError(ServiceError, ConnectionError):
+    """No connection to the endpoint could be made or kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'learning_rate'?"`, or `""` where nothing known is near `name`."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
