@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +29,12 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog. Good better best, bad worse worst, yes and no.",
     "{'name': 'search', 'arguments': {'query': 'weather in Paris', 'days': 3}} 0123456789",
 ]
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA_SPLIT = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")  # digits by threes
 
 CHATML_TEMPLATE = """\
 {%- if tools %}
@@ -86,11 +100,13 @@ METASPACE_TEMPLATE = """\
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
     """Qwen-like: byte-level BPE, no BOS, EOS `<|im_end|>`, a pad token of its own.
 
-    `<think>` is an added token that is not special, as in Qwen3.
+    `<think>` is an added token that is not special, as in Qwen3. Normalizer and pre-tokenizer are
+    Qwen2's own: for a folder with a Qwen2 config, `AutoTokenizer` (transformers 5) uses those,
+    whatever tokenizer.json says. The other tokenizers here survive only in a folder of their own.
     """
-    backend = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], QWEN_SPLIT)
     backend.add_tokens(
-        [AddedToken("<think>", special=False), AddedToken("</think>", special=False)]
+        [AddedToken(name, special=False, normalized=False) for name in ("<think>", "</think>")]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -111,7 +127,7 @@ def llama_like_tokenizer() -> PreTrainedTokenizerFast:
         "<|end_header_id|>",
         "<|eot_id|>",
     ]
-    backend = _byte_level(names)
+    backend = _byte_level(names, LLAMA_SPLIT)
     bos = backend.token_to_id("<|begin_of_text|>")
     backend.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A",
@@ -206,9 +222,15 @@ def tiny_qwen2(
     return folder
 
 
-def _byte_level(special_tokens: list[str]) -> Tokenizer:
+def _byte_level(special_tokens: list[str], split: str) -> Tokenizer:
     backend = Tokenizer(BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=380,
