@@ -1,0 +1,52 @@
+"""raywards: train reward models on Ray Train with DeepSpeed, serve them on Ray Serve.
+
+Names are resolved when they are first used, so `from raywards import RewardClient` imports
+neither torch nor ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raywards.client import AsyncRewardClient, RewardClient
+    from raywards.config import RewardConfig, ServeConfig
+    from raywards.errors import RaywardsError
+    from raywards.loader import create_model_from_path
+    from raywards.scorer import Scorer
+    from raywards.train.trainer import RewardTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncRewardClient",
+    "RaywardsError",
+    "RewardClient",
+    "RewardConfig",
+    "RewardTrainer",
+    "Scorer",
+    "ServeConfig",
+    "create_model_from_path",
+]
+
+_HOMES = {
+    "AsyncRewardClient": "raywards.client",
+    "RaywardsError": "raywards.errors",
+    "RewardClient": "raywards.client",
+    "RewardConfig": "raywards.config",
+    "RewardTrainer": "raywards.train.trainer",
+    "Scorer": "raywards.scorer",
+    "ServeConfig": "raywards.config",
+    "create_model_from_path": "raywards.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'raywards' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

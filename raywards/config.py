@@ -1,0 +1,613 @@
+"""What a person may set: training, serving, scoring; from Python, YAML or flags.
+
+Every field has one docstring, which is its only documentation: `--help` and the reference in
+`docs/` are made from it. Names are TRL's and transformers' wherever the thing is theirs. Nothing
+here imports torch, ray or transformers, so a typo is answered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+
+from raywards.errors import ConfigError, did_you_mean
+from raywards.trl_fields import REFUSED
+
+T = TypeVar("T")
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Interval = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+# HfArgumentParser hands a `dict | str | None` over as text: JSON is accepted there.
+Mapped = dict[str, Any] | str | None
+
+
+@dataclass(
+    kw_only=True,
+    config=ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True),
+)
+class RewardConfig:
+    """Settings of one training run, named as in TRL's `RewardConfig` where the thing is TRL's."""
+
+    output_dir: str | None = None
+    """Run folder: checkpoints, prepared data, `metrics.jsonl`, TensorBoard files and `export/`.
+    Default: the model's last path part followed by `-Reward`, in the current directory."""
+
+    # ---- batches and schedule (TRL, transformers)
+    per_device_train_batch_size: Positive = 8
+    """Pairs that one worker puts through one forward."""
+    per_device_eval_batch_size: Positive = 8
+    """Pairs that one worker puts through one forward of an evaluation."""
+    gradient_accumulation_steps: Positive = 1
+    """Forwards per worker and optimizer step. The global batch is this, times
+    `per_device_train_batch_size`, times the number of workers; it is fixed at the first start."""
+    num_train_epochs: Interval = 3.0
+    """Passes over the training pairs. A fraction stops inside the last one."""
+    max_steps: int = -1
+    """Optimizer steps; a positive number overrides `num_train_epochs`."""
+    train_sampling_strategy: Literal["random", "sequential"] = "random"
+    """Order of the pairs: `random` is TRL's own permutation for the seed and epoch."""
+    dataloader_drop_last: bool = False
+    """Leave out the last global batch of an epoch when it is not full."""
+    seed: NotNegative = 42
+    """Seeds the fresh head and the order of the pairs."""
+    data_seed: int | None = None
+    """Seeds the order of the pairs. Default: `seed`."""
+
+    # ---- optimizer (TRL, transformers)
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    """Schedule of the learning rate, made by `transformers.get_scheduler`."""
+    lr_scheduler_kwargs: Mapped = None
+    """Extra arguments of the schedule."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    """Steps of warm-up; below 1 it is a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay, on matrices only: biases and norms are left out, as in transformers."""
+    adam_beta1: Share = 0.9
+    """AdamW's first beta."""
+    adam_beta2: Share = 0.999
+    """AdamW's second beta."""
+    adam_epsilon: Interval = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the gradient of a step to this norm; 0 does not clip."""
+
+    # ---- model and precision (TRL)
+    model_init_kwargs: Mapped = None
+    """Arguments of `from_pretrained`: `dtype`, `revision`, `attn_implementation`, ..."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model or tokenizer."""
+    bf16: bool | None = None
+    """Compute in bfloat16 with fp32 master weights. Default: on, as in TRL."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    gradient_checkpointing_kwargs: Mapped = None
+    """Arguments of `torch.utils.checkpoint`; default `{"use_reentrant": false}`."""
+    disable_dropout: bool = True
+    """Set every dropout probability to zero before training."""
+    center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = None
+    """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual."""
+
+    # ---- data (TRL, and what TRL lacks)
+    max_length: Positive | None = 1024
+    """Longest sequence in tokens; `truncation` says what happens to a longer one. None: no limit."""
+    truncation: Literal["drop", "left", "right"] = "drop"
+    """A pair with a side over `max_length` is dropped and counted (TRL), or each long side is cut
+    on the left (the end is kept) or on the right."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot become a pair stops the run before it starts, or is dropped and counted."""
+    control_tokens: Literal["as_text", "refuse"] = "as_text"
+    """A control token such as `<|im_end|>` inside a message is encoded as text, or refused."""
+    chat_template_path: str | None = None
+    """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used."""
+    eos_token: str | None = None
+    """Token that closes plain text, if not the tokenizer's own."""
+    dataset_num_proc: Positive | None = None
+    """Processes that encode rows. Default: one."""
+
+    # ---- log, evaluate, save (TRL, transformers)
+    logging_steps: Positive = 10
+    """Optimizer steps between two records in the log."""
+    logging_first_step: bool = False
+    """Log the first step too."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When to evaluate."""
+    eval_steps: Positive | None = None
+    """Steps between two evaluations. Default: `logging_steps`."""
+    eval_on_start: bool = False
+    """Evaluate once before the first step."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When to write a checkpoint. The end of a run always writes one."""
+    save_steps: Positive = 500
+    """Steps between two checkpoints."""
+    save_total_limit: Positive | None = None
+    """Checkpoints to keep; the newest is always kept. Default: all."""
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder to start from. A run that is started again under the same `output_dir`
+    continues without being asked."""
+    disable_tqdm: bool = False
+    """No progress bar."""
+    push_to_hub: bool = False
+    """Upload the export when training ends."""
+    hub_model_id: str | None = None
+    """Repository to upload to. Default: the last part of `output_dir`."""
+    hub_token: Annotated[str | None, Field(repr=False)] = None
+    """Token for the upload."""
+    hub_private_repo: bool | None = None
+    """Make the repository private."""
+
+    # ---- where it runs (raywards)
+    num_workers: NotNegative = 1
+    """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU."""
+    use_gpu: bool | None = None
+    """One GPU a worker. Default: where the cluster has any. `use_cpu=True` is TRL's way to say no."""
+    use_cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+    resources_per_worker: Mapped = None
+    """Ray resources of one worker, for instance `{"CPU": 4, "GPU": 1}`."""
+    storage_path: str | None = None
+    """Folder that every node sees; the run folder is `storage_path/run_name`.
+    Default: the parent of `output_dir`."""
+    run_name: str | None = None
+    """Name of the run. Started again under the same name, it continues. Default: the last part of
+    `output_dir`."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Failed attempts after which the run gives up; each starts again from the last checkpoint.
+    -1: never gives up."""
+    deepspeed: Mapped = "2"
+    """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in."""
+    ddp_timeout: Positive = 1800
+    """Seconds after which a collective operation is taken to hang."""
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _stage_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _plain_strategy(cls, value: Any) -> Any:
+        # YAML reads a bare `no` as False; transformers' enums carry the text in `.value`.
+        return "no" if value is False else getattr(value, "value", value)
+
+    @field_validator("lr_scheduler_type", mode="before")
+    @classmethod
+    def _plain_scheduler(cls, value: Any) -> Any:
+        return getattr(value, "value", value)
+
+    @field_validator(
+        "model_init_kwargs",
+        "lr_scheduler_kwargs",
+        "gradient_checkpointing_kwargs",
+        "resources_per_worker",
+    )
+    @classmethod
+    def _json_mapping(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        parsed = yaml.safe_load(value)
+        if not isinstance(parsed, dict):
+            raise ValueError(f'expected a mapping such as {{"key": value}}, got {value!r}')
+        return parsed
+
+    @field_validator("max_steps")
+    @classmethod
+    def _steps_positive_or_unset(cls, value: int) -> int:
+        if value == 0 or value < -1:
+            raise ValueError("expected a positive number of steps, or -1 for `num_train_epochs`")
+        return value
+
+    @field_validator("storage_path")
+    @classmethod
+    def _storage_is_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise ValueError(
+                "object storage is not supported yet: give a folder that every node sees (NFS, "
+                "Lustre, a mounted bucket)"
+            )
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPaths:
+    """Where a run keeps things. All absolute: Ray workers change their directory."""
+
+    storage: Path
+    name: str
+
+    @property
+    def run(self) -> Path:
+        return self.storage / self.name
+
+    @property
+    def prepared(self) -> Path:
+        return self.run / "prepared"
+
+    @property
+    def export(self) -> Path:
+        return self.run / "export"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run / "metrics.jsonl"
+
+    @classmethod
+    def of(cls, config: RewardConfig) -> RunPaths:
+        output = Path(config.output_dir or "reward-output").expanduser().absolute()
+        storage = Path(config.storage_path).expanduser().absolute() if config.storage_path else None
+        return cls(storage or output.parent, config.run_name or output.name)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ServeConfig(_Frozen):
+    """Settings of one served reward model: one Serve application with one deployment."""
+
+    model: str
+    """Export folder, any sequence-classification folder with one label, or a hub id."""
+    name: str = "rm"
+    """Name under which clients ask for the model."""
+    route_prefix: str = "/"
+    """Path in front of every route."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of the forward. Default: the export's own."""
+    device: str | None = None
+    """Torch device. Default: a GPU where the replica has one."""
+    max_length: Positive | None = None
+    """Longest sequence in tokens that is accepted. Default: what the model can take."""
+    max_batch_tokens: Positive = 16_384
+    """Tokens of one forward, padding included."""
+    max_batch_sequences: Positive = 256
+    """Sequences of one forward."""
+    max_queued_tokens: Positive = 262_144
+    """Tokens that may wait; more is answered 503 with `Retry-After`."""
+    max_items_per_request: Positive = 1024
+    """Conversations of one request."""
+    max_body_bytes: Positive = 16_777_216
+    """Size of one request's body."""
+    request_timeout_s: Interval = 60.0
+    """Time after which a request is given up with 504, unless the request asks for less."""
+    min_replicas: NotNegative = 1
+    """Replicas that always run."""
+    max_replicas: Positive = 1
+    """Replicas under load."""
+    target_ongoing_requests: Interval = 16.0
+    """Requests in flight per replica that autoscaling aims for."""
+    max_ongoing_requests: Positive = 512
+    """Requests in flight per replica above which Serve holds them back."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    """How long the load must last before replicas are added."""
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+    """How long the load must be gone before replicas are removed."""
+    metrics_interval_s: Interval = 1.0
+    """Seconds between two reports of the load."""
+    look_back_period_s: Interval = 3.0
+    """Window over which the load is averaged; at least three times `metrics_interval_s`."""
+    num_cpus: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs of one replica."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs of one replica."""
+    api_key: SecretStr | None = None
+    """Key that clients must send as `Authorization: Bearer KEY`."""
+    host: str = "127.0.0.1"
+    """Address that the HTTP server binds; `0.0.0.0` for other machines to reach it."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    """Port of the HTTP server."""
+    verify: bool = True
+    """Reproduce the export's stored rewards before a replica says that it is ready."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> ServeConfig:
+        if self.look_back_period_s < 3 * self.metrics_interval_s:
+            raise ValueError(
+                f"look_back_period_s={self.look_back_period_s:g} is under three times "
+                f"metrics_interval_s={self.metrics_interval_s:g}: autoscaling would miss load; "
+                "raise the first or lower the second"
+            )
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas} is under min_replicas={self.min_replicas}; "
+                "raise the first or lower the second"
+            )
+        if self.max_length is not None and self.max_batch_tokens < self.max_length:
+            raise ValueError(
+                f"max_batch_tokens={self.max_batch_tokens} is under max_length={self.max_length}: "
+                "the longest input would never fit; raise the first or lower the second"
+            )
+        if not self.route_prefix.startswith("/"):
+            raise ValueError(f"route_prefix={self.route_prefix!r} must start with '/'")
+        return self
+
+
+class ScoreConfig(_Frozen):
+    """Settings of `raywards score`: a file of conversations in, the same file with rewards out."""
+
+    model: str
+    """Export folder, any sequence-classification folder with one label, or a hub id."""
+    input: str
+    """JSONL file: each row has `messages`, or `prompt` and `response`, or `text`."""
+    output: str
+    """JSONL file to write: the same rows in the same order, each with `reward` added."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision of the forward. Default: the export's own."""
+    device: str | None = None
+    """Torch device. Default: a GPU where there is one."""
+    max_length: Positive | None = None
+    """Longest sequence in tokens that is accepted. Default: what the model can take."""
+    max_batch_tokens: Positive = 16_384
+    """Tokens of one forward, padding included."""
+    on_bad_row: Literal["error", "null"] = "error"
+    """A row that cannot be scored stops the job, or gets `reward: null` and `error`."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+class TrainJob(_Frozen):
+    """What to train on: flags of `jobs/train.py` beside those of `RewardConfig`, named as in TRL."""
+
+    model_name_or_path: str
+    """Model to start from: a folder or a hub id."""
+    dataset_name: list[str]
+    """Training rows: a hub id, a JSONL, JSON or Parquet file, or a saved dataset folder; or several,
+    with commas between."""
+    dataset_config: str | None = None
+    """Configuration of a hub dataset."""
+    dataset_train_split: str = "train"
+    """Split to train on, where the source has splits."""
+    eval_dataset_name: list[str] | None = None
+    """Held-out rows, if not a split of `dataset_name`."""
+    dataset_test_split: str = "test"
+    """Split to evaluate on, where `dataset_name` has splits and `eval_dataset_name` is not given."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    """Precision in which weights are loaded and exported. Default: float32."""
+    model_revision: str | None = None
+    """Revision of a hub model."""
+    attn_implementation: str | None = None
+    """Attention of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
+
+    @field_validator("dataset_name", "eval_dataset_name", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+# ---------------------------------------------------------------- reading YAML files and flags
+
+
+def read_settings(argv: Sequence[str], classes: Sequence[type[Any]]) -> list[Any]:
+    """Instances of `classes` from `--config FILE.yaml` and `--field value` flags; flags win.
+
+    A key belongs to the first class that has a field of its name. Raises `ConfigError` for a key
+    or flag that no class knows, and for a value that its field refuses.
+    """
+    flags = _read_flags(argv, classes)
+    config_file = flags.pop("config", None)
+    settings = {**(_read_yaml(config_file) if config_file else {}), **flags}
+    known = {name: cls for cls in reversed(classes) for name in field_names(cls)}
+    shares: dict[type[Any], dict[str, Any]] = {cls: {} for cls in classes}
+    for name, value in settings.items():
+        if name not in known:
+            check_names(RewardConfig if RewardConfig in classes else classes[0], {name}, known)
+            continue  # a setting of TRL's at the value that raywards has anyway
+        shares[known[name]][name] = value
+    return [build(cls, share) for cls, share in shares.items()]
+
+
+def build(cls: Callable[..., T], settings: Mapping[str, Any]) -> T:
+    """`cls(**settings)`, with pydantic's findings told as one `ConfigError`."""
+    try:
+        return cls(**settings)
+    except ValidationError as error:
+        raise ConfigError(describe(error, cls)) from None
+
+
+def describe(error: ValidationError, cls: Any) -> str:
+    """A screenful that names each refused field, the value seen, and what is expected."""
+    lines = []
+    for finding in error.errors(include_url=False)[:10]:
+        path = ".".join(str(part) for part in finding["loc"]) or cls.__name__
+        if finding["type"] in (
+            "extra_forbidden",
+            "unexpected_keyword_argument",
+            "no_such_attribute",
+        ):
+            lines.append(f"{path}: no such setting.{did_you_mean(path, field_names(cls))}")
+        elif finding["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
+            lines.append(f"{path}: is required, and was not given.")
+        else:
+            reason = finding["msg"].removeprefix("Value error, ")
+            seen = finding["input"]
+            shown = f" (got {seen!r:.80})" if finding["type"] != "value_error" else ""
+            lines.append(f"{path}: {reason}{shown}")
+    return f"{cls.__name__}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)
+
+
+def field_names(cls: Any) -> list[str]:
+    """Names of the settings of a config class."""
+    if is_pydantic_dataclass(cls):
+        return [field.name for field in dataclasses.fields(cls)]
+    return list(cls.model_fields)
+
+
+def check_names(cls: Any, names: Iterable[str], known: Iterable[str] | None = None) -> None:
+    """Refuse every name that `cls` does not have: TRL's with what to use instead, others as typos."""
+    options = set(known if known is not None else field_names(cls))
+    for name in names:
+        if name in options:
+            continue
+        if cls is RewardConfig and name in REFUSED:
+            raise ConfigError(
+                f"{name}: raywards does not support this setting of TRL. {REFUSED[name].instead}"
+            )
+        raise ConfigError(f"{name}: no such setting.{did_you_mean(name, options)}")
+
+
+def help_text(classes: Sequence[type[Any]]) -> str:
+    """The `--help` of a job: every flag with its default and docstring."""
+    lines = ["  --config FILE", "      YAML file with any of the settings below; flags win."]
+    for cls in classes:
+        lines += ["", f"{cls.__name__}: {(cls.__doc__ or '').splitlines()[0]}"]
+        for name, field in _fields(cls).items():
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            lines.append(f"  --{name}  ({default})")
+            lines.append("      " + " ".join((field.description or "").split()))
+    return "\n".join(lines)
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    if is_pydantic_dataclass(cls):
+        return dict(cls.__pydantic_fields__)
+    return dict(cls.model_fields)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"--config {path}: there is no such file.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        kind = type(settings).__name__
+        raise ConfigError(
+            f"--config {path}: expected `name: value` lines at the top, got a {kind}."
+        )
+    return {str(name): value for name, value in settings.items()}
+
+
+def _read_flags(argv: Sequence[str], classes: Sequence[type[Any]]) -> dict[str, Any]:
+    """`--name value`, `--name=value`, or `--name` alone for true. Dashes and underscores are one."""
+    switches = {
+        n for cls in classes for n, f in _fields(cls).items() if "bool" in str(f.annotation)
+    }
+    flags: dict[str, Any] = {}
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(
+                f"{word!r}: expected a flag such as --learning_rate 1e-4; see --help."
+            )
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals:
+            flags[name] = _flag_value(text)
+        elif words and not words[0].startswith("--"):
+            flags[name] = _flag_value(words.pop(0))
+        elif name in switches or name in REFUSED:
+            flags[name] = True
+        else:
+            known = ["config", *(n for cls in classes for n in field_names(cls))]
+            hint = "expected a value after it." if name in known else "no such setting."
+            raise ConfigError(
+                f"--{name}: {hint}{did_you_mean(name, known) if name not in known else ''}"
+            )
+    return flags
+
+
+def _flag_value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    if text[:1] in "[{":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+    return text
+
+
+# ---------------------------------------------------------------- RewardConfig as a dataclass
+
+
+def _speak_plainly() -> None:
+    """Give `RewardConfig` our errors, freezing, and the help texts that HfArgumentParser shows.
+
+    A pydantic dataclass reports an unknown keyword before any validator of ours can look at it, so
+    the constructor is wrapped rather than extended.
+    """
+    validated_init = RewardConfig.__init__
+    validated_setattr = RewardConfig.__setattr__
+
+    def __init__(self: RewardConfig, **settings: Any) -> None:
+        ours = {n: v for n, v in settings.items() if not _is_neutral(n, v)}
+        check_names(RewardConfig, ours)
+        try:
+            validated_init(self, **ours)
+        except ValidationError as error:
+            raise ConfigError(describe(error, RewardConfig)) from None
+
+    def __setattr__(self: RewardConfig, name: str, value: Any) -> None:
+        if self.__dict__.get("_frozen"):
+            raise ConfigError(f"{name}: training has started, so settings can no longer change.")
+        if not name.startswith("__pydantic"):
+            if _is_neutral(name, value):
+                return
+            check_names(RewardConfig, {name})
+        try:
+            validated_setattr(self, name, value)
+        except ValidationError as error:
+            raise ConfigError(describe(error, RewardConfig)) from None
+
+    RewardConfig.__init__ = __init__  # type: ignore[method-assign]
+    RewardConfig.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
+    for field in dataclasses.fields(RewardConfig):  # type: ignore[arg-type]
+        text = RewardConfig.__pydantic_fields__[field.name].description or ""  # type: ignore[attr-defined]
+        field.metadata = types.MappingProxyType({"help": " ".join(text.split()).replace("%", "%%")})
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    """True where a TRL setting that we refuse has the value that means what raywards does anyway."""
+    return name in REFUSED and value in REFUSED[name].neutral
+
+
+def freeze(config: RewardConfig) -> None:
+    """From here on, assigning to a field of `config` raises `ConfigError`."""
+    config.__dict__["_frozen"] = True
+
+
+def as_dict(config: RewardConfig) -> dict[str, Any]:
+    """The settings as plain values, without the hub token: for files and worker processes."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values.pop("hub_token")
+    return values
+
+
+_speak_plainly()

@@ -1,0 +1,122 @@
+"""Settings of TRL's `RewardConfig` that raywards does not take, and what to use instead.
+
+A setting is refused by name, never ignored. Where TRL's default means what raywards does anyway,
+that value (`neutral`) is accepted, so that a script which spells the default out still runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Refused(NamedTuple):
+    """Why a setting is refused, and the values of it that change nothing here."""
+
+    instead: str
+    neutral: tuple[Any, ...] = ()
+
+
+_OWN_DATA_PLAN = "raywards reads prepared Arrow shards in a fixed order; leave it out."
+_ONE_BACKEND = "raywards trains with DeepSpeed: set `deepspeed` to a ZeRO stage or a config."
+_LOGS = "raywards writes `metrics.jsonl` and TensorBoard files on one rank; leave it out."
+_NOT_YET = "It is not built yet; leave it out."
+
+REFUSED: dict[str, Refused] = {
+    "accelerator_config": Refused(
+        "Batches are planned over the whole cluster; leave it out.", (None,)
+    ),
+    "activation_checkpointing": Refused("Use `gradient_checkpointing`.", (None,)),
+    "activation_checkpointing_kwargs": Refused("Use `gradient_checkpointing_kwargs`.", (None,)),
+    "activation_offloading": Refused(
+        "Use `gradient_checkpointing`, or ZeRO offload in the `deepspeed` dict.", (False,)
+    ),
+    "auto_find_batch_size": Refused("Set `per_device_train_batch_size`.", (False,)),
+    "average_tokens_across_devices": Refused(
+        "The loss is the mean over the pairs of the global batch at any world size.", (True,)
+    ),
+    "batch_eval_metrics": Refused(
+        "Metrics are always summed batch by batch; leave it out.", (False,)
+    ),
+    "bf16_full_eval": Refused("Evaluation runs in the precision of training.", (False,)),
+    "data_collator": Refused("Pairs are batched by raywards itself; leave it out.", (None,)),
+    "dataloader_in_order": Refused(_OWN_DATA_PLAN, (True,)),
+    "dataloader_multiprocessing_context": Refused(_OWN_DATA_PLAN, (None,)),
+    "dataloader_num_workers": Refused(_OWN_DATA_PLAN, (0,)),
+    "dataloader_persistent_workers": Refused(_OWN_DATA_PLAN, (False,)),
+    "dataloader_pin_memory": Refused(_OWN_DATA_PLAN, (True,)),
+    "dataloader_prefetch_factor": Refused(_OWN_DATA_PLAN, (None,)),
+    "ddp_backend": Refused("The backend follows the device: nccl on GPUs, gloo on CPUs.", (None,)),
+    "ddp_broadcast_buffers": Refused(_ONE_BACKEND, (None,)),
+    "ddp_bucket_cap_mb": Refused("Use `reduce_bucket_size` in the `deepspeed` dict.", (None,)),
+    "ddp_find_unused_parameters": Refused(_ONE_BACKEND, (None,)),
+    "ddp_static_graph": Refused(_ONE_BACKEND, (None,)),
+    "debug": Refused("Use Ray's dashboard and `py-spy`.", ("", [])),
+    "do_eval": Refused("Use `eval_strategy`.", (False,)),
+    "do_predict": Refused("Use `Scorer`.", (False,)),
+    "do_train": Refused("Call `train()`.", (False,)),
+    "enable_jit_checkpoint": Refused("Use `save_steps` and Ray's preemption notice.", (False,)),
+    "eval_accumulation_steps": Refused("Evaluation keeps sums, not predictions.", (None,)),
+    "eval_delay": Refused("Use `eval_steps`.", (0,)),
+    "eval_do_concat_batches": Refused("Evaluation keeps sums, not predictions.", (True,)),
+    "eval_use_gather_object": Refused("Evaluation keeps sums, not predictions.", (False,)),
+    "fp16": Refused("Use `bf16=True`: the same speed and no loss scaling.", (False,)),
+    "fp16_full_eval": Refused("Evaluation runs in the precision of training.", (False,)),
+    "fsdp": Refused(_ONE_BACKEND, (None, "", [])),
+    "fsdp_config": Refused(_ONE_BACKEND, (None,)),
+    "full_determinism": Refused(_NOT_YET, (False,)),
+    "greater_is_better": Refused("Keeping the best checkpoint is not built yet.", (None,)),
+    "hub_always_push": Refused("`push_to_hub` uploads the export once, at the end.", (False,)),
+    "hub_revision": Refused("`push_to_hub` uploads to the main branch.", (None,)),
+    "hub_strategy": Refused(
+        "`push_to_hub` uploads the export once, at the end.", ("end", "every_save")
+    ),
+    "ignore_data_skip": Refused("A resumed run reads on at the next pair at no cost.", (False,)),
+    "include_for_metrics": Refused("Evaluation keeps sums, not predictions.", ([],)),
+    "include_num_input_tokens_seen": Refused("`num_tokens` is always logged.", ("no", False)),
+    "label_names": Refused("Preference rows have no labels.", (None, [])),
+    "label_smoothing_factor": Refused(_NOT_YET, (0, 0.0)),
+    "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
+    "liger_kernel_config": Refused(_NOT_YET, (None,)),
+    "load_best_model_at_end": Refused("Keeping the best checkpoint is not built yet.", (False,)),
+    "local_rank": Refused("Ray Train places the workers; set `num_workers`.", (-1,)),
+    "log_level": Refused(_LOGS, ("passive",)),
+    "log_level_replica": Refused(_LOGS, ("warning",)),
+    "log_on_each_node": Refused(_LOGS, (True,)),
+    "logging_nan_inf_filter": Refused("A loss that is not finite stops the run.", (True, False)),
+    "logging_strategy": Refused("Use `logging_steps`.", ("steps",)),
+    "metric_for_best_model": Refused("Keeping the best checkpoint is not built yet.", (None,)),
+    "neftune_noise_alpha": Refused("Noise in the embeddings is not supported.", (None,)),
+    "optim": Refused(
+        "AdamW (torch, fused) is the optimizer.", ("adamw_torch_fused", "adamw_torch")
+    ),
+    "optim_args": Refused(
+        "Use `adam_beta1`, `adam_beta2`, `adam_epsilon`, `weight_decay`.", (None,)
+    ),
+    "optim_target_modules": Refused("AdamW trains every parameter.", (None,)),
+    "pad_to_multiple_of": Refused("Padding never changes a reward; leave it out.", ("auto", None)),
+    "pad_token": Refused("Pooling goes by position, so padding never changes a reward.", (None,)),
+    "parallelism_config": Refused(_ONE_BACKEND, (None,)),
+    "prediction_loss_only": Refused("Evaluation keeps sums, not predictions.", (False,)),
+    "project": Refused("raywards writes TensorBoard files and `metrics.jsonl`.", ("huggingface",)),
+    "remove_unused_columns": Refused("Only the columns of a preference row are read.", (True,)),
+    "report_to": Refused(
+        "raywards writes TensorBoard files and `metrics.jsonl`; other trackers are not built yet.",
+        (None, "none", "tensorboard", [], ["none"], ["tensorboard"]),
+    ),
+    "restore_callback_states_from_checkpoint": Refused("There are no callbacks yet.", (False,)),
+    "save_on_each_node": Refused("Checkpoints go to `storage_path`, once.", (False,)),
+    "save_only_model": Refused(
+        "A checkpoint must be resumable; the export has weights only.", (False,)
+    ),
+    "skip_memory_metrics": Refused("Use Ray's dashboard.", (True,)),
+    "tf32": Refused("Call `torch.set_float32_matmul_precision` in your script.", (None,)),
+    "torch_compile": Refused(_NOT_YET, (False,)),
+    "torch_compile_backend": Refused(_NOT_YET, (None,)),
+    "torch_compile_mode": Refused(_NOT_YET, (None,)),
+    "torch_empty_cache_steps": Refused(_NOT_YET, (None,)),
+    "trackio_bucket_id": Refused("Trackio is not built yet.", (None,)),
+    "trackio_space_id": Refused("Trackio is not built yet.", (None, "trackio")),
+    "trackio_static_space_id": Refused("Trackio is not built yet.", (None,)),
+    "use_cache": Refused("Training keeps no key-value cache.", (False,)),
+    "use_liger_kernel": Refused(_NOT_YET, (False,)),
+}
