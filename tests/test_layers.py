@@ -1,0 +1,212 @@
+"""A module of raywards imports only from lower layers, and the light ones stay light.
+
+Read from the source with `ast`, function-level imports included, so that a cycle cannot hide in a
+function; then measured in fresh interpreters.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the lowest layer to the highest. Modules of one layer do not import each other.
+LAYERS = [
+    ["errors", "trl_fields"],
+    ["config", "schemas"],
+    ["client", "rendering", "packing", "serve.batcher"],
+    ["preferences", "attention"],
+    ["loader", "loss", "metrics"],
+    ["model"],
+    ["checkpoint"],
+    ["scorer"],
+    ["train.prepare", "train.zero", "train.session", "serve.dialects", "batch_score", "evaluate"],
+    ["train.loop", "serve.dialects.*"],
+    ["train.trainer", "serve.replica"],
+    ["serve.app"],
+    ["train", "serve"],
+    ["quickstart"],
+    ["cli"],
+    ["__init__"],
+    ["__main__"],
+]
+SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
+LIGHT = ["errors", "trl_fields", "config", "schemas", "client"]
+HEAVY = {"torch", "ray", "transformers"}
+
+
+class Import(NamedTuple):
+    """One import statement's target: `name` is dotted, `raywards.` stripped where `is_ours`."""
+
+    name: str
+    is_ours: bool
+    in_function: bool
+    for_types_only: bool
+    line: int
+
+    @property
+    def distribution(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def read_modules() -> dict[str, str]:
+    """Source by module name: `config`, `train.loop`, `train` for a package, `__init__` for ours."""
+    modules = {}
+    for path in sorted((ROOT / "raywards").rglob("*.py")):
+        parts = path.relative_to(ROOT / "raywards").with_suffix("").parts
+        package = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+        modules[".".join(package)] = path.read_text()
+    return modules
+
+
+def find_imports(module: str, source: str, modules: set[str]) -> Iterator[Import]:
+    """Every import statement of `source`, wherever it stands."""
+
+    def targets(node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+            return
+        base = node.module or ""
+        if node.level:
+            is_package = module == "__init__" or any(m.startswith(f"{module}.") for m in modules)
+            here = ["raywards", *([] if module == "__init__" else module.split("."))]
+            up = node.level - 1 if is_package else node.level
+            base = ".".join([*here[: len(here) - up], *filter(None, [base])])
+        for alias in node.names:  # `from raywards import errors` is an import of raywards.errors
+            full = f"{base}.{alias.name}"
+            yield full if full.removeprefix("raywards.") in modules else base
+
+    def walk(node: ast.AST, in_function: bool, for_types_only: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target in targets(node):
+                is_ours = target.partition(".")[0] == "raywards"
+                name = target.removeprefix("raywards.") if target != "raywards" else "__init__"
+                yield Import(name, is_ours, in_function, for_types_only, node.lineno)
+        in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types_only |= isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, in_function, for_types_only)
+
+    return walk(ast.parse(source), in_function=False, for_types_only=False)
+
+
+def layer_of(module: str) -> int | None:
+    for index, names in enumerate(LAYERS):
+        if module in names or any("*" in name and fnmatch(module, name) for name in names):
+            return index
+    return None
+
+
+def find_violations(modules: dict[str, str]) -> list[str]:
+    """Every import in `modules` (source by name) that breaks a rule, as a line to read."""
+    found = []
+    for module, source in modules.items():
+        layer = layer_of(module)
+        if layer is None:
+            found.append(f"{module} is in no layer: enter it in LAYERS")
+            continue
+        for item in find_imports(module, source, set(modules)):
+            where = f"{module}:{item.line} imports {item.name}"
+            if item.is_ours:
+                target_layer = layer_of(item.name)
+                if target_layer is None:
+                    found.append(f"{where}, which is in no layer")
+                elif target_layer >= layer:
+                    found.append(f"{where}, which is in no lower layer")
+                halves = {name.partition(".")[0] for name in (module, item.name)}
+                if halves == {"train", "serve"}:
+                    found.append(f"{where}: train/ and serve/ never import each other")
+            elif not item.for_types_only:
+                if module in LIGHT and item.distribution in HEAVY:
+                    found.append(f"{where}: {', '.join(LIGHT)} import no {item.distribution}")
+                if layer <= SCORER_LAYER and (
+                    item.distribution == "ray"
+                    or (item.distribution == "deepspeed" and not item.in_function)
+                ):
+                    found.append(f"{where}: scorer and all below it do without")
+    return found
+
+
+def test_every_module_imports_only_from_lower_layers() -> None:
+    modules = read_modules()
+    assert "errors" in modules
+    assert "__init__" in modules
+    assert not (violations := find_violations(modules)), "\n" + "\n".join(violations)
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "expected"),
+    [
+        ("errors", "import raywards.config", "no lower layer"),
+        ("errors", "def f():\n    from raywards import config", "no lower layer"),
+        ("packing", "from . import rendering", "no lower layer"),
+        ("train.zero", "from ..scorer import Scorer\nfrom .loop import train", "no lower layer"),
+        ("train.loop", "from raywards.serve import batcher", "never import each other"),
+        ("serve.app", "from raywards.train.prepare import prepare", "never import each other"),
+        ("client", "def f():\n    import torch", "import no torch"),
+        ("config", "if True:\n    from transformers import AutoConfig", "import no transformers"),
+        ("scorer", "def f():\n    import ray.data", "do without"),
+        ("checkpoint", "from deepspeed import comm", "do without"),
+        ("utils", "", "is in no layer"),
+    ],
+)
+def test_a_planted_violation_is_found(module: str, source: str, expected: str) -> None:
+    names = ["config", "rendering", "scorer", "serve", "serve.batcher", "train", "train.loop"]
+    modules = dict.fromkeys([*names, "train.prepare"], "") | {module: source}
+    (violation,) = find_violations(modules)
+    assert expected in violation
+    assert violation.startswith(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("config", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
+        ("loader", "def f():\n    import deepspeed"),
+        ("train.loop", "import ray, deepspeed\nfrom ..scorer import Scorer\nfrom . import zero"),
+        ("train", "from .loop import train\nfrom raywards.errors import ConfigError"),
+        ("serve.dialects.native", "from raywards.schemas import RewardRequest"),
+    ],
+)
+def test_what_the_rules_allow_is_allowed(module: str, source: str) -> None:
+    names = ["errors", "schemas", "scorer", "train", "train.loop", "train.zero", "serve.dialects"]
+    assert find_violations(dict.fromkeys(names, "") | {module: source}) == []
+
+
+def import_in_a_fresh_interpreter(module: str, without: list[str]) -> str:
+    """The loaded modules among `without` after `import module`, by a new Python; "" for none."""
+    code = f"import sys, {module}; print(*[m for m in {without!r} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "module", ["raywards", *(f"raywards.{name}" for name in LIGHT)], ids=lambda name: name
+)
+def test_the_light_modules_load_no_torch_ray_or_transformers(module: str) -> None:
+    assert import_in_a_fresh_interpreter(module, without=sorted(HEAVY)) == ""
+
+
+def test_the_scorer_loads_no_ray_and_no_deepspeed() -> None:
+    assert import_in_a_fresh_interpreter("raywards.scorer", without=["ray", "deepspeed"]) == ""
+
+
+def test_a_fresh_interpreter_would_tell() -> None:
+    assert import_in_a_fresh_interpreter("torch", without=["torch", "ray"]) == "torch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted(set(read_modules()) - {"__init__", "__main__"}))
+def test_every_module_can_be_the_first_import(module: str) -> None:
+    assert import_in_a_fresh_interpreter(f"raywards.{module}", without=[]) == ""
