@@ -1,0 +1,544 @@
+"""Batches across requests: a queue of sequences, filled into forwards of bounded cost.
+
+    submit ─► queue (oldest first) ─► batch ─► one worker thread ─► rewards ─► waiters
+
+One task owns the queue. While the thread computes, requests pile up; what has piled up is the next
+batch, so there is no waiting time to set. A batch is opened by the oldest sequence and filled with
+those nearest to it in length, within a window of the oldest; a sequence that has been overtaken too
+often goes first whatever its length. A request of many sequences is spread over batches.
+
+Knows only lists of token ids and a function that scores them: nothing of models, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from operator import itemgetter
+
+from raywards.errors import (
+    DeadlineError,
+    NonFiniteError,
+    OverloadedError,
+    RequestRefusedError,
+    ServiceError,
+)
+
+logger = logging.getLogger(__name__)
+
+Score = Callable[[list[list[int]]], list[float]]
+Cost = Callable[[int, int, int], int]
+"""Cost in tokens of one forward, from its count of sequences, the longest, and their sum."""
+
+# Sequences are looked at in the order of arrival, up to so many batches' worth.
+_WINDOW_BATCHES = 8
+# A sequence that so many batches with younger ones have passed over is taken next.
+_MOST_OVERTAKEN = 8
+# A neighbour may cost this many times what it costs alone, plus a little: beyond that, padding
+# eats what batching gains.
+_MOST_WASTE = 1.5
+_WASTE_TOKENS = 64
+# Weight of the last batch in the measured speed.
+_SPEED_MEMORY = 0.3
+_RETRY_AFTER_S = (1.0, 60.0)
+
+
+def padded_cost(count: int, longest: int, total: int) -> int:
+    """Every sequence is padded to the longest."""
+    return count * longest
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of one submission, in its order, and where the time went."""
+
+    rewards: list[float]
+    queue_s: float
+    forward_s: float
+    batch_size: int
+
+
+@dataclass
+class BatcherStats:
+    """Counters since the start, and what waits now."""
+
+    queued_tokens: int = 0
+    queued_sequences: int = 0
+    batches: int = 0
+    sequences: int = 0
+    computed_sequences: int = 0
+    tokens: int = 0
+    refused: int = 0
+    dropped_sequences: int = 0
+    failed_batches: int = 0
+    tokens_per_s: float | None = None
+
+
+class Batcher:
+    """Scores sequences in batches. All methods belong to one event loop.
+
+    score: called in one worker thread with unique sequences; gives one reward for each.
+    max_batch_tokens: cost of one forward. A sequence above it runs alone.
+    max_batch_sequences: unique sequences of one forward.
+    max_queued_tokens: tokens that may wait; beyond, `submit` raises at once.
+    cost: of a forward; `padded_cost` unless the scorer packs.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        *,
+        max_batch_tokens: int,
+        max_batch_sequences: int,
+        max_queued_tokens: int,
+        cost: Cost = padded_cost,
+    ) -> None:
+        self.stats = BatcherStats()
+        self._score = score
+        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_sequences = max_batch_sequences
+        self._max_queued_tokens = max_queued_tokens
+        self._cost = cost
+        self._queue: deque[_Entry] = deque()
+        self._waiting: set[_Submission] = set()
+        self._work = asyncio.Event()
+        self._closing = False
+        self._owner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._forward_started: float | None = None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the owner task runs. Once it has died or is closed, nothing is computed."""
+        return self._owner is not None and not self._owner.done()
+
+    @property
+    def forward_age_s(self) -> float:
+        """How long the present forward has been running; 0 between forwards."""
+        started = self._forward_started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def start(self) -> None:
+        """Start the owner task on the running loop."""
+        assert self._owner is None, "a batcher is started once"
+        self._owner = asyncio.get_running_loop().create_task(self._own(), name="batcher")
+
+    async def submit(
+        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
+    ) -> list[float]:
+        """One reward per sequence, in order.
+
+        `deadline` is an instant of `time.monotonic()`. Raises `OverloadedError` where the queue is
+        full or closing, `RequestRefusedError` where it could never hold the request,
+        `DeadlineError`, and `ServiceError` where scoring failed. If the caller is cancelled, what
+        was not yet computed will not be.
+        """
+        return (await self.submit_timed(sequences, deadline=deadline)).rewards
+
+    async def submit_timed(
+        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
+    ) -> Scored:
+        """`submit`, with where the time went."""
+        [outcome] = await self._submit([sequences], deadline, at_front=False)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def submit_each(
+        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
+    ) -> list[Scored | Exception]:
+        """Like `submit_timed`, but each sequence succeeds or fails on its own."""
+        return await self._submit([[ids] for ids in sequences], deadline, at_front=False)
+
+    async def probe(self, ids: Sequence[int], *, deadline: float) -> None:
+        """Score one sequence ahead of the queue, to see that scores still come out."""
+        if not self.healthy:
+            raise ServiceError("the batcher of this replica is not running", status=500)
+        [outcome] = await self._submit([[ids]], deadline, at_front=True)
+        if isinstance(outcome, Exception):
+            raise outcome
+
+    def retry_after_s(self) -> float:
+        """When there should be room again: the backlog at the measured speed, 1 to 60 seconds."""
+        least, most = _RETRY_AFTER_S
+        speed = self.stats.tokens_per_s
+        return min(max(self.stats.queued_tokens / speed, least), most) if speed else least
+
+    async def close(self) -> None:
+        """Refuse new work, finish what is queued, stop."""
+        self._closing = True
+        self._work.set()
+        if self._owner is not None:
+            await asyncio.wait([self._owner])
+        self._thread.shutdown(wait=False)
+
+    # ---- admission
+
+    async def _submit(
+        self, groups: Sequence[Sequence[Sequence[int]]], deadline: float | None, *, at_front: bool
+    ) -> list[Scored | Exception]:
+        """Queue each group as a unit that succeeds or fails; all are admitted, or none."""
+        tokens = sum(len(ids) for group in groups for ids in group)
+        if not at_front:
+            self._admit(tokens, sum(map(len, groups)))
+        submissions = [_Submission(group, deadline) for group in groups]
+        for submission in submissions:
+            self._waiting.add(submission)
+            (self._queue.extendleft if at_front else self._queue.extend)(submission.entries)
+            self._count(submission.entries, +1)
+        self._work.set()
+        try:
+            if submissions:
+                await asyncio.wait(
+                    [submission.done for submission in submissions],
+                    timeout=None if deadline is None else deadline - time.monotonic(),
+                )
+            for submission in submissions:
+                submission.fail(_too_late())  # unless it is done
+        finally:
+            for submission in submissions:
+                self._waiting.discard(submission)
+                self._void(submission)
+        return [submission.outcome() for submission in submissions]
+
+    def _admit(self, tokens: int, count: int) -> None:
+        if self._closing or (self._owner is not None and self._owner.done()):
+            raise OverloadedError(
+                "this replica is stopping; try again, another one takes over",
+                status=503,
+                retry_after_s=1.0,
+            )
+        assert self._owner is not None, "start() the batcher first"
+        if tokens > self._max_queued_tokens and count > 1:
+            self.stats.refused += 1
+            raise RequestRefusedError(
+                f"the request has {tokens} tokens in {count} sequences, and at most "
+                f"{self._max_queued_tokens} fit into the queue; send fewer sequences per request",
+                status=413,
+                code="too_many_tokens",
+            )
+        if 0 < self.stats.queued_tokens > self._max_queued_tokens - tokens:
+            self.stats.refused += 1
+            raise OverloadedError(
+                f"the queue is full: {self.stats.queued_tokens} tokens wait and "
+                f"{self._max_queued_tokens} may; try again after the time in Retry-After",
+                status=503,
+                retry_after_s=self.retry_after_s(),
+            )
+
+    def _void(self, submission: _Submission) -> None:
+        """Nobody waits for it any more: what it still has in the queue will not be computed."""
+        submission.done.cancel()
+        void = [entry for entry in submission.entries if entry.queued]
+        self._count(void, -1)
+        self.stats.dropped_sequences += len(void)
+        for entry in void:
+            entry.queued = False
+
+    def _count(self, entries: Iterable[_Entry], sign: int) -> None:
+        for entry in entries:
+            self.stats.queued_tokens += sign * entry.length
+            self.stats.queued_sequences += sign
+
+    # ---- the owner task
+
+    async def _own(self) -> None:
+        try:
+            while True:
+                self._drop_void()
+                if not self._queue:
+                    if self._closing:
+                        return
+                    self._work.clear()
+                    await self._work.wait()
+                    continue
+                batch = self._fill()
+                if batch:
+                    await self._compute(batch)
+        except BaseException as error:
+            logger.exception("the batcher died")
+            for submission in self._waiting:
+                submission.fail(_failed("the batcher of this replica died", error))
+            if not isinstance(error, Exception):
+                raise
+
+    def _drop_void(self) -> None:
+        while self._queue and not self._queue[0].queued:
+            self._queue.popleft()
+
+    def _fill(self) -> list[_Entry]:
+        """Take the next batch out of the queue."""
+        window = self._window()
+        if not window:
+            return []
+        first = window[0]
+        filling = _Filling(self._cost, self._max_batch_tokens, self._max_batch_sequences)
+        same: dict[bytes, list[_Entry]] = {}
+        for entry in window:
+            same.setdefault(entry.key, []).append(entry)
+        filling.add(first.key, first.length)
+        for entry in window[1:]:
+            if entry.overtaken >= _MOST_OVERTAKEN and entry.key not in filling.chosen:
+                if not filling.fits(entry.length):
+                    break
+                filling.add(entry.key, entry.length)
+        filling.add_neighbours(
+            first.length,
+            [(twins[0].length, key) for key, twins in same.items() if key not in filling.chosen],
+        )
+        batch = [entry for key in filling.chosen for entry in same[key]]
+        self._take(batch, window)
+        return batch
+
+    def _window(self) -> list[_Entry]:
+        """The oldest entries that are still wanted. The late ones fail here, before compute."""
+        window: list[_Entry] = []
+        now, tokens = time.monotonic(), 0
+        for entry in self._queue:
+            if not entry.queued:
+                continue
+            submission = entry.submission
+            if submission.late(now):
+                submission.fail(_too_late())
+            if submission.done.done():
+                self._void(submission)
+                continue
+            window.append(entry)
+            tokens += entry.length
+            if tokens >= _WINDOW_BATCHES * self._max_batch_tokens:
+                break
+        return window
+
+    def _take(self, batch: list[_Entry], window: list[_Entry]) -> None:
+        now = time.monotonic()
+        self._count(batch, -1)
+        for entry in batch:
+            entry.queued = False
+            entry.submission.started(now)
+        left = [entry for entry in window if entry.queued]
+        youngest = max((i for i, entry in enumerate(window) if not entry.queued), default=0)
+        for entry in window[:youngest]:
+            entry.overtaken += entry.queued
+        # All of the window stood at the front, between entries that are void by now.
+        last = window[-1]
+        while self._queue.popleft() is not last:
+            pass
+        self._queue.extendleft(reversed(left))
+
+    # ---- forwards
+
+    async def _compute(self, batch: list[_Entry]) -> None:
+        try:
+            rewards, seconds = await self._forward(batch)
+        except Exception as error:
+            self.stats.failed_batches += 1
+            logger.warning(
+                "a batch of %d sequences failed (%s); each request is tried on its own",
+                len(batch),
+                type(error).__name__,
+            )
+            await self._isolate(batch)
+        else:
+            self._deliver(batch, rewards, seconds)
+
+    async def _isolate(self, batch: list[_Entry]) -> None:
+        """Whose input was it? Each request's part runs once more, without the others'."""
+        parts: dict[_Submission, list[_Entry]] = {}
+        for entry in batch:
+            parts.setdefault(entry.submission, []).append(entry)
+        for submission, part in parts.items():
+            if submission.done.done() or submission.late(time.monotonic()):
+                continue
+            try:
+                rewards, seconds = await self._forward(part)
+            except Exception as error:
+                logger.error("scoring failed for one request", exc_info=error)
+                submission.fail(_scoring_failed(error, part))
+            else:
+                self._deliver(part, rewards, seconds)
+
+    async def _forward(self, entries: list[_Entry]) -> tuple[dict[bytes, float], float]:
+        """Rewards by sequence, and the seconds it took. Equal sequences are computed once."""
+        unique = {entry.key: list(entry.ids) for entry in entries}
+        loop = asyncio.get_running_loop()
+        started = self._forward_started = time.monotonic()
+        try:
+            rewards = await loop.run_in_executor(self._thread, self._score, list(unique.values()))
+        finally:
+            self._forward_started = None
+        seconds = time.monotonic() - started
+        if len(rewards) != len(unique):
+            raise RuntimeError(f"{len(rewards)} rewards for {len(unique)} sequences")
+        tokens = sum(map(len, unique.values()))
+        self._measure(tokens / max(seconds, 1e-6))
+        self.stats.batches += 1
+        self.stats.sequences += len(entries)
+        self.stats.computed_sequences += len(unique)
+        self.stats.tokens += tokens
+        return dict(zip(unique, rewards, strict=True)), seconds
+
+    def _measure(self, tokens_per_s: float) -> None:
+        before = self.stats.tokens_per_s
+        self.stats.tokens_per_s = (
+            tokens_per_s if before is None else before + _SPEED_MEMORY * (tokens_per_s - before)
+        )
+
+    def _deliver(self, batch: list[_Entry], rewards: dict[bytes, float], seconds: float) -> None:
+        computed: set[_Submission] = set()
+        for entry in batch:
+            submission, reward = entry.submission, rewards[entry.key]
+            if submission not in computed:
+                computed.add(submission)
+                submission.forward_s += seconds
+                submission.batch_size = max(submission.batch_size, len(rewards))
+            if math.isfinite(reward):
+                submission.deliver(entry.index, reward)
+            else:
+                submission.fail(_not_finite(entry.index))
+
+
+class _Submission:
+    """Sequences that are answered together."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], deadline: float | None) -> None:
+        self.entries = [_Entry(ids, i, self) for i, ids in enumerate(sequences)]
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.forward_s = 0.0
+        self.batch_size = 0
+        self._deadline = deadline
+        self._rewards = [math.nan] * len(self.entries)
+        self._missing = len(self.entries)
+        self._error: Exception | None = None
+        self._arrived = time.monotonic()
+        self._started: float | None = None
+        if not self.entries:
+            self.done.set_result(None)
+
+    def late(self, now: float) -> bool:
+        return self._deadline is not None and now >= self._deadline
+
+    def started(self, now: float) -> None:
+        self._started = now if self._started is None else self._started
+
+    def deliver(self, index: int, reward: float) -> None:
+        self._rewards[index] = reward
+        self._missing -= 1
+        if self._missing == 0 and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        if not self.done.done():
+            self._error = error
+            self.done.set_result(None)
+
+    def outcome(self) -> Scored | Exception:
+        if self._error is not None:
+            return self._error
+        assert self._missing == 0
+        queue_s = (self._started or self._arrived) - self._arrived
+        return Scored(self._rewards, queue_s, self.forward_s, self.batch_size)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One sequence in the queue."""
+
+    ids: Sequence[int]
+    index: int
+    submission: _Submission
+    overtaken: int = 0
+    queued: bool = True
+    length: int = field(init=False)
+    key: bytes = field(init=False)
+    """The ids again: bytes remember their hash, and are compared fast."""
+
+    def __post_init__(self) -> None:
+        self.length = len(self.ids)
+        self.key = array("q", self.ids).tobytes()
+
+
+@dataclass
+class _Filling:
+    """A batch that is being put together."""
+
+    cost: Cost
+    max_tokens: int
+    max_sequences: int
+    chosen: dict[bytes, None] = field(default_factory=dict)
+    longest: int = 0
+    total: int = 0
+
+    def fits(self, length: int) -> bool:
+        return len(self.chosen) < self.max_sequences and self._with(length) <= self.max_tokens
+
+    def add(self, key: bytes, length: int) -> None:
+        self.chosen[key] = None
+        self.longest = max(self.longest, length)
+        self.total += length
+
+    def add_neighbours(self, length: int, candidates: list[tuple[int, bytes]]) -> None:
+        """Add sequences in the order of how near their length is to `length`."""
+        # Sorting is stable: of equal lengths the oldest comes first.
+        longer = deque(sorted((c for c in candidates if c[0] >= length), key=itemgetter(0)))
+        shorter = deque(
+            sorted((c for c in candidates if c[0] < length), key=itemgetter(0), reverse=True)
+        )
+        while longer or shorter:
+            up = longer[0][0] - length if longer else math.inf
+            down = length - shorter[0][0] if shorter else math.inf
+            side = longer if up <= down else shorter
+            near, key = side.popleft()
+            if self.fits(near) and self._is_worth_it(near):
+                self.add(key, near)
+            else:
+                side.clear()  # what comes after it is farther off still
+
+    def _with(self, length: int) -> int:
+        longest = max(self.longest, length)
+        return self.cost(len(self.chosen) + 1, longest, self.total + length)
+
+    def _is_worth_it(self, length: int) -> bool:
+        extra = self._with(length) - self.cost(len(self.chosen), self.longest, self.total)
+        return extra <= _MOST_WASTE * self.cost(1, length, length) + _WASTE_TOKENS
+
+
+def _scoring_failed(error: Exception, part: list[_Entry]) -> ServiceError:
+    if isinstance(error, NonFiniteError):
+        position = error.__dict__.get("index", 0)
+        return _not_finite(list({entry.key: entry.index for entry in part}.values())[position])
+    return _failed("scoring failed", error)
+
+
+def _not_finite(index: int) -> ServiceError:
+    return ServiceError(
+        f"the reward of sequence {index} is not a finite number: the model's weights or its "
+        "precision are broken for this input",
+        status=500,
+        code="non_finite_reward",
+        index=index,
+    )
+
+
+def _failed(what: str, cause: BaseException) -> ServiceError:
+    """The cause's text stays in the log: it could repeat what was scored."""
+    error = ServiceError(
+        f"{what} ({type(cause).__name__}); the server's log has the details",
+        status=500,
+        code="scoring_failed",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _too_late() -> DeadlineError:
+    return DeadlineError(
+        "the deadline passed before the reward was there; allow more time, or send less at once",
+        status=504,
+    )
