@@ -576,7 +576,7 @@ def _read_lines(path: Path, name: str) -> RowSet:
         for number, raw in enumerate(file, start=1):
             if raw.strip():
                 where = RowRef(name, len(rows), number)
-                rows.append(_as_row(_parse(raw, where), where))
+                rows.append(_as_row(_parse(raw.rstrip(), where), where))
                 lines.append(number)
     return RowSet(name, rows, lines)
 

@@ -1,0 +1,291 @@
+"""Folders that describe themselves: checkpoints to resume from, exports to score with.
+
+`raywards.json`, the manifest, is written last and lists every other file with its size, so a folder
+with a manifest whose files are all there is complete. This module knows nothing of DeepSpeed: the
+engine writes its shards into a folder that it is handed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from raywards.errors import CheckpointError
+from raywards.loader import create_model_from_path
+from raywards.model import RewardModel
+from raywards.packing import pad
+from raywards.rendering import Rendering
+
+MANIFEST = "raywards.json"
+FORMAT = 1
+
+# What an export's stored rewards are computed on. Fixed and public: nobody's data leaves with a model.
+PROBES: tuple[tuple[str, str], ...] = (
+    ("What is the capital of France?", "Paris."),
+    ("What is the capital of France?", "I would rather not say, and you should not ask."),
+    ("Write a line about the sea.", "Grey water folds and unfolds; the gulls keep count."),
+    ("Is 91 a prime number?", "No: 91 = 7 × 13."),
+    ("Is 91 a prime number?", "Yes, 91 is prime, because it is odd and it does not end in 5."),
+    ("Summarise: the meeting moved to Tuesday at 10.", "The meeting is on Tuesday at 10."),
+    ("Sag mir etwas über Züge.", "Züge fahren auf Schienen und halten an Bahnhöfen. 🚆"),
+    ("def add(a, b):", "    return a + b\n" * 8),
+)
+
+
+# ---------------------------------------------------------------- manifests
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str, int]) -> None:
+    """Write the manifest of `folder`: `content`, and `files` as name to size in bytes. Call it last."""
+    manifest = {"format": FORMAT, **content, "files": dict(sorted(files.items()))}
+    partial = folder / f".{MANIFEST}.partial"
+    partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, folder / MANIFEST)
+
+
+def list_files(folder: Path) -> dict[str, int]:
+    """Every file below `folder` but a manifest, as relative name to size in bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, f".{MANIFEST}.partial", ".complete")
+    }
+
+
+def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
+    """The manifest of a complete folder of this `kind` ("checkpoint" or "export").
+
+    Raises `CheckpointError` where there is none, it is of another kind or a newer format, or a file
+    that it lists is missing or has another size.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: has no {MANIFEST}, so it is not a complete {kind} of raywards: it was not "
+            "finished, or something else wrote it."
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        wrote, found_kind, files = manifest["format"], manifest["kind"], manifest["files"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: is damaged ({error!r}); use another {kind}.") from None
+    if wrote > FORMAT:
+        raise CheckpointError(
+            f"{folder}: was written in format {wrote} by a newer raywards; this one reads up to "
+            f"{FORMAT}. Update raywards."
+        )
+    if found_kind != kind:
+        raise CheckpointError(f"{folder}: is a {found_kind}, and a {kind} is needed here.")
+    for name, size in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes"
+            raise CheckpointError(
+                f"{folder}: is damaged: {name} {state}, and the manifest says {size} bytes. Use "
+                f"another {kind}, or copy this one again."
+            )
+    return manifest
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints in a run folder, oldest step first."""
+    found = []
+    for folder in run.glob("checkpoint-*"):
+        try:
+            found.append((read_manifest(folder, kind="checkpoint")["step"], folder))
+        except CheckpointError:
+            continue  # cut off while it was written: an orphan
+    return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_model(
+    inner: Any,
+    weights: Mapping[str, Tensor],
+    rendering: Rendering,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    training: Mapping[str, Any],
+    last_ids: Iterable[int] = (),
+) -> dict[str, Any]:
+    """Write an ordinary Hugging Face folder to score with, and return its manifest.
+
+    Args:
+        inner: The transformers classifier, for its class and config.
+        weights: Its full state dict on the CPU.
+        rendering: Rendering of the training rows; its tokenizer goes into the folder.
+        folder: Where; an export that is there is replaced once the new one is whole.
+        dtype: Type of the stored weights.
+        training: What the manifest tells of the run: base model, rows, steps, settings.
+        last_ids: Ids that ended a training sequence; none of them becomes the pad token.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    config = inner.config
+    before = config.to_dict()
+    try:
+        # On a copy of the weights in the stated type; an integer buffer keeps its own.
+        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
+        config.problem_type = "regression"  # engines then return the raw reward, no sigmoid
+        config.dtype = dtype
+        config.use_cache = True
+        inner.save_pretrained(partial, state_dict=cast)
+        sequences = _probe_sequences(rendering)
+        tokenizer = rendering.tokenizer
+        taken = {*last_ids, *(ids[-1] for ids in sequences), tokenizer.eos_token_id}
+        _write_pad_token(partial, tokenizer, taken)
+        manifest = _describe_export(partial, sequences, rendering, dtype, training)
+        write_manifest(partial, manifest, list_files(partial))
+        _replace_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for name in ("problem_type", "dtype", "use_cache"):
+            setattr(config, name, before.get(name))
+    return read_manifest(folder, kind="export")
+
+
+def choose_pad_token(tokenizer: Any, taken: Iterable[int | None], vocab_size: int) -> str | None:
+    """A special token that never ends a sequence, or None where one has to be added.
+
+    transformers pools at the last token that is not the pad token; vLLM and others at the last
+    token. Both are the same token if the pad token ends no sequence.
+    """
+    ends = set(taken)
+    special = {
+        token.content: id_
+        for id_, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and id_ not in ends and id_ < vocab_size
+    }
+    own = {name: getattr(tokenizer, f"{name}_token") for name in ("pad", "unk", "bos")}
+    reserved = [t for t in special if any(w in t.lower() for w in ("pad", "reserved", "unused"))]
+    for token in (own["pad"], *reserved, own["unk"], own["bos"], *special):
+        if token is not None and (
+            token in special
+            or (i := tokenizer.convert_tokens_to_ids(token)) not in ends
+            and i < vocab_size
+        ):
+            return str(token)
+    return None
+
+
+def _write_pad_token(folder: Path, tokenizer: Any, taken: set[int | None]) -> None:
+    """Give the exported tokenizer and config a pad token that no sequence ends in."""
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    # A copy: training goes on with the pad token that it began with.
+    tokenizer.save_pretrained(folder)
+    exported = type(tokenizer).from_pretrained(folder)
+    pad_token = choose_pad_token(exported, taken, text["vocab_size"])
+    if pad_token is None:
+        pad_token = "<|raywards_pad|>"
+        exported.add_special_tokens({"pad_token": pad_token})
+        if len(exported) > text["vocab_size"]:
+            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+            model.resize_token_embeddings(len(exported), mean_resizing=False)
+            model.save_pretrained(folder)
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            text = config.get("text_config", config)
+    exported.pad_token = pad_token
+    exported.save_pretrained(folder)
+    text["pad_token_id"] = config["pad_token_id"] = exported.pad_token_id
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _probe_sequences(rendering: Rendering) -> list[list[int]]:
+    if rendering.tokenizer.chat_template is None:
+        return [rendering.encode_text(f"{prompt} {response}") for prompt, response in PROBES]
+    return [
+        rendering.encode_conversation(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        )
+        for prompt, response in PROBES
+    ]
+
+
+def _describe_export(
+    folder: Path,
+    sequences: Sequence[list[int]],
+    rendering: Rendering,
+    dtype: torch.dtype,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    inner = create_model_from_path(
+        str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
+    ).eval()
+    pad_id = inner.config.get_text_config().pad_token_id
+    rewards = _rewards(RewardModel(inner), sequences, pad_id)
+    spread = statistics.pstdev(rewards)
+    bounds = {"float32": 1e-5 * max(1.0, spread)}
+    plain = _plain_rewards(inner, sequences, pad_id)
+    off = max(abs(a - b) for a, b in zip(rewards, plain, strict=True))
+    half = inner if dtype == torch.bfloat16 else inner.to(torch.bfloat16)
+    alone = [_rewards(RewardModel(half), [ids], pad_id)[0] for ids in sequences]
+    together = _rewards(RewardModel(half), sequences, pad_id)
+    stock = _plain_rewards(half, sequences, pad_id)
+    reference = rewards if dtype == torch.float32 else alone
+    worst = max(
+        abs(value - right)
+        for values in (alone, together, stock)
+        for value, right in zip(values, reference, strict=True)
+    )
+    # Eight probes see less than the worst that a cluster will: leave as much again.
+    bounds["bfloat16"] = 2 * worst + 1e-5 * max(1.0, spread)
+    stored_in = str(dtype).removeprefix("torch.")
+    if not off <= bounds.get(stored_in, bounds["bfloat16"]):
+        raise CheckpointError(
+            f"{folder}: plain transformers gives rewards up to {off:.3g} from raywards' on the "
+            "export just written, so it is not kept. Please report the model class."
+        )
+    return {
+        "kind": "export",
+        "dtype": stored_in,
+        "pad_token_id": pad_id,
+        "pooling": "last_token",
+        "rendering": rendering.describe(),
+        "training": dict(training),
+        "rewards": [
+            {"input_ids": ids, "reward": reward}
+            for ids, reward in zip(sequences, rewards, strict=True)
+        ],
+        "reward_sd": spread,
+        "bounds": bounds,
+    }
+
+
+@torch.inference_mode()
+def _rewards(model: RewardModel, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
+    values: list[float] = model(pad(sequences, pad_id)).tolist()
+    return values
+
+
+@torch.inference_mode()
+def _plain_rewards(inner: Any, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
+    """What a script gets that knows transformers alone."""
+    batch = pad(sequences, pad_id)
+    output = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    values: list[float] = output.logits[:, 0].float().tolist()
+    return values
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    if folder.exists():
+        old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
+        os.replace(folder, old)
+        os.replace(new, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(new, folder)

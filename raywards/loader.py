@@ -1,0 +1,269 @@
+"""Model and tokenizer from a folder or hub id: `create_model_from_path`, `load_tokenizer`.
+
+Keeps the contract of TRL's function of the same name, and closes its gaps: the distributed backend
+is seen wherever it comes from, `revision` reaches the config, `torch_dtype` is honoured, a head that
+is missing or has two labels is told apart from one that is new. It knows neither Ray nor data.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from raywards.errors import ConfigError, ModelError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_DTYPE_NAMES = ("bfloat16", "float16", "float32")
+_AUTO_CLASSES = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+)
+# What reaches AutoConfig too: the config must come from the same place as the weights.
+_CONFIG_KWARGS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: Any) -> Any:
+    """The pretrained model in `model_id`, a local folder or a hub id.
+
+    Args:
+        model_id: Folder with a `config.json`, or a hub id.
+        architecture: A transformers class with `from_pretrained`, such as
+            `AutoModelForSequenceClassification`. Default: the class that the config names.
+        **kwargs: Go to `from_pretrained`. `dtype` (or `torch_dtype`) is a `torch.dtype`, `"auto"`,
+            `"bfloat16"`, `"float16"` or `"float32"`, the default. `device_map` is `None` under a
+            distributed backend and on cpu and mps, else `"auto"`; a value given is kept.
+            `num_labels` is 1 for a sequence classifier.
+
+    Raises:
+        ValueError: `dtype` is none of the above (TRL's wording).
+        ModelError: There is no model here, its class is not known, it needs remote code, or its
+            head is not that of a reward model.
+    """
+    kwargs["dtype"] = _resolve_dtype(kwargs.pop("torch_dtype", None), kwargs)
+    _resolve_device_map(kwargs)
+    config = _load_config(model_id, kwargs)
+    if architecture is None:
+        architecture = _infer_architecture(model_id, config)
+    if not architecture.__name__.endswith("ForSequenceClassification"):
+        return _from_pretrained(architecture, model_id, kwargs)[0]
+
+    _check_labels(model_id, config, kwargs.setdefault("num_labels", 1))
+    model, missing = _from_pretrained(architecture, model_id, kwargs)
+    _check_head(model_id, config, missing)
+    return model
+
+
+def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> None:
+    """Raise what `create_model_from_path` would for a reward model, from the config alone."""
+    _resolve_dtype(kwargs.get("torch_dtype"), dict(kwargs))
+    _check_labels(model_id, _load_config(model_id, kwargs), 1)
+
+
+def load_tokenizer(
+    model_id: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    eos_token: str | None = None,
+    chat_template_path: str | None = None,
+) -> Any:
+    """The tokenizer in `model_id`, with another closing token or chat template where asked for.
+
+    Raises `ModelError` where there is no tokenizer, `ConfigError` for an `eos_token` outside the
+    vocabulary or a `chat_template_path` without a template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_id, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model_id}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ConfigError(
+                f"eos_token={eos_token!r} is not in the vocabulary of {model_id}."
+                f"{did_you_mean(eos_token, tokenizer.all_special_tokens)}"
+            )
+        tokenizer.eos_token = eos_token
+    if chat_template_path is not None:
+        tokenizer.chat_template = _read_chat_template(chat_template_path, trust_remote_code)
+    return tokenizer
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a distributed job, or has a live DeepSpeed config.
+
+    Read from torch and DeepSpeed, never from accelerate's `PartialState`, which reports a single
+    process inside gloo workers on CPUs.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return True
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        return True  # torchrun, before anyone made the process group
+    return hf_deepspeed.deepspeed_config() is not None
+
+
+def _resolve_dtype(torch_dtype: Any, kwargs: dict[str, Any]) -> Any:
+    # `torch_dtype` is the older name; TRL drops it silently, which loads fp32.
+    if torch_dtype is not None and kwargs.get("dtype") not in (None, torch_dtype):
+        raise ConfigError(
+            f"dtype={kwargs['dtype']!r} and torch_dtype={torch_dtype!r} disagree; give `dtype` alone."
+        )
+    dtype = kwargs.get("dtype", "float32") if torch_dtype is None else torch_dtype
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPE_NAMES:
+        return getattr(torch, dtype)
+    raise ConfigError(
+        "Invalid `dtype` passed to the config. Expected either 'auto' or a string representing a "
+        f"valid `torch.dtype` (one of {', '.join(_DTYPE_NAMES)}), but got {dtype!r}."
+        f"{did_you_mean(str(dtype), _DTYPE_NAMES)}"
+    )
+
+
+def _resolve_device_map(kwargs: dict[str, Any]) -> None:
+    if "device_map" in kwargs:
+        if kwargs["device_map"] is not None and hf_deepspeed.is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                f"device_map={kwargs['device_map']!r} cannot be used under ZeRO-3: DeepSpeed "
+                "partitions every weight over the ranks while it is loaded, so no rank has a whole "
+                "layer to place. Leave `device_map` out."
+            )
+        return
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = accelerator is None or accelerator.type == "mps"
+    kwargs["device_map"] = None if on_cpu or is_distributed() else "auto"
+
+
+def _load_config(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfig:
+    looks_local = model_id.startswith((".", "/", "~")) or os.sep * 2 in model_id
+    if looks_local or Path(model_id).is_dir():
+        folder = Path(model_id).expanduser()
+        if not folder.is_dir():
+            near = did_you_mean(folder.name, _siblings(folder))
+            raise ModelError(f"{model_id}: there is no such folder.{near}")
+        if not (folder / kwargs.get("subfolder", "") / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+            raise ModelError(
+                f"{model_id}: is not a model folder: it has no config.json (it has {found}). Give "
+                "the folder that `save_pretrained` or raywards' export wrote."
+            )
+    shared = {name: kwargs[name] for name in _CONFIG_KWARGS if name in kwargs}
+    try:
+        return AutoConfig.from_pretrained(model_id, **shared)
+    except (OSError, ValueError) as error:
+        raise _load_error(model_id, error) from error
+
+
+def _siblings(folder: Path) -> list[str]:
+    return [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+
+
+def _infer_architecture(model_id: str, config: PretrainedConfig) -> Any:
+    names = config.architectures or []
+    if not names:
+        raise ModelError(
+            f"{model_id}: config.json names no `architectures`, so the class to load is not known. "
+            "Pass `architecture`, for instance AutoModelForSequenceClassification."
+        )
+    known = getattr(transformers, names[0], None)
+    if known is not None:
+        return known
+    remote = getattr(config, "auto_map", None) or {}
+    for auto_class in _AUTO_CLASSES:
+        if auto_class in remote:
+            return getattr(transformers, auto_class)
+    raise ModelError(
+        f"{model_id}: transformers {transformers.__version__} has no class {names[0]!r}, which "
+        "config.json names. Update transformers, or pass `architecture`."
+    )
+
+
+def _check_labels(model_id: str, config: PretrainedConfig, num_labels: int) -> None:
+    if num_labels != 1:
+        raise ModelError(
+            f"num_labels={num_labels}: a reward model has one output. Leave it out, or give 1."
+        )
+    if _is_classifier(config) and config.num_labels != 1:
+        story = ""
+        if config.num_labels == 2:
+            story = (
+                " TRL 0.26 to 0.28 trained such heads when they were given a causal language model: "
+                "train again from that language model, with TRL 0.29 or later or with raywards."
+            )
+        raise ModelError(
+            f"{model_id}: its head has {config.num_labels} labels; a reward model has one.{story}"
+        )
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _from_pretrained(architecture: Any, model_id: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    try:
+        model, info = architecture.from_pretrained(model_id, output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _load_error(model_id, error) from error
+    return model, sorted(info["missing_keys"])
+
+
+def _check_head(model_id: str, config: PretrainedConfig, missing: list[str]) -> None:
+    if not missing:
+        return
+    if _is_classifier(config):
+        raise ModelError(
+            f"{model_id}: is a finished classifier whose weights lack {', '.join(missing[:4])}. A head "
+            "made up now would give rewards that mean nothing. Was it saved as another class, or "
+            "were LoRA weights merged without `modules_to_save=['score']`?"
+        )
+    logger.warning(
+        "%s: the reward head (%s) is new: drawn at random under seed %d. Train it before use.",
+        model_id,
+        ", ".join(missing[:4]),
+        torch.initial_seed(),
+    )
+
+
+def _load_error(model_id: str, error: Exception) -> ModelError:
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        return ModelError(
+            f"{model_id}: needs code that comes with the model (custom code). Read it, then pass "
+            "trust_remote_code=True."
+        )
+    return ModelError(f"{model_id}: cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+def _read_chat_template(path: str, trust_remote_code: bool) -> str:
+    if path.endswith((".jinja", ".j2")):
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"chat_template_path={path!r}: there is no such file.")
+        return file.read_text(encoding="utf-8")
+    template = load_tokenizer(path, trust_remote_code=trust_remote_code).chat_template
+    if not isinstance(template, str):
+        raise ConfigError(f"chat_template_path={path!r}: that tokenizer has no chat template.")
+    return template

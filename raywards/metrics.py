@@ -1,0 +1,97 @@
+"""Pair-weighted training metrics: sums on the device, one reduction over the ranks per log.
+
+Names are TRL's. Values are those of the pairs since the last log, each pair counted once: TRL
+averages batch means, calls a tie a loss, and reports means of minima.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SUMS = ("pairs", "loss", "accuracy", "ties", "margin", "reward", "tokens")
+
+
+class PairMetrics:
+    """Sums over pairs; `compute` turns those of all ranks into the values of a log record."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
+        # Kept as [-min, max], so that one maximum over the ranks serves both.
+        self._extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=self.device)
+        self._not_finite = torch.zeros(1, dtype=torch.int64, device=self.device)
+
+    def add(self, losses: Tensor, chosen: Tensor, rejected: Tensor, num_tokens: Tensor) -> None:
+        """Count P pairs: `losses`, `chosen`, `rejected` are [P]; `num_tokens` counts both sides."""
+        if losses.numel() == 0:
+            return
+        losses, chosen, rejected = (x.detach().double() for x in (losses, chosen, rejected))
+        ties = (chosen == rejected).double()
+        wins = (chosen > rejected).double()
+        rewards = torch.cat([chosen, rejected])
+        self._sums += torch.stack(
+            [
+                torch.ones_like(losses).sum(),
+                losses.sum(),
+                (wins + 0.5 * ties).sum(),
+                ties.sum(),
+                (chosen - rejected).sum(),
+                rewards.sum(),
+                num_tokens.double(),
+            ]
+        )
+        extremes = torch.stack([-rewards.min(), rewards.max()])
+        self._extremes = torch.maximum(self._extremes, extremes)
+        self._not_finite += (~torch.isfinite(losses)).sum()
+
+    def num_not_finite(self) -> Tensor:
+        """Pairs of this rank since `reset` whose loss is NaN or infinite, [1] int64."""
+        return self._not_finite.clone()
+
+    def gather_on_first_rank(self, rank: int) -> list[list[float]]:
+        """Move the sums of all ranks to rank 0 and return them there, for a checkpoint. Collective.
+
+        What `compute` gives later is the same.
+        """
+        self._reduce()
+        window = [self._sums.tolist(), self._extremes.tolist()]
+        if rank != 0:
+            self.reset()
+        return window
+
+    def restore(self, window: list[list[float]], rank: int) -> None:
+        """Take up the sums that `gather_on_first_rank` returned."""
+        self.reset()
+        if rank == 0:
+            sums, extremes = window
+            self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+            self._extremes = torch.tensor(extremes, dtype=torch.float64, device=self.device)
+
+    def compute(self) -> dict[str, float]:
+        """Values over the pairs of every rank since `reset`. A collective: every rank calls it."""
+        self._reduce()
+        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        pairs = sums["pairs"]
+        if pairs == 0:
+            return {"num_pairs": 0.0, "num_tokens": 0.0}
+        negated_min, maximum = self._extremes.tolist()
+        return {
+            "loss": sums["loss"] / pairs,
+            "accuracy": sums["accuracy"] / pairs,
+            "tie_rate": sums["ties"] / pairs,
+            "margin": sums["margin"] / pairs,
+            "min_reward": -negated_min,
+            "mean_reward": sums["reward"] / (2 * pairs),
+            "max_reward": maximum,
+            "num_pairs": pairs,
+            "num_tokens": sums["tokens"],
+        }
+
+    def _reduce(self) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
+            torch.distributed.all_reduce(self._extremes, op=torch.distributed.ReduceOp.MAX)

@@ -1,0 +1,305 @@
+"""Scorer: conversations to rewards in one process. What a notebook and a replica hold.
+
+It takes a raywards export, or the folder of any sequence classifier with one label. No ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from raywards.checkpoint import MANIFEST, read_manifest
+from raywards.errors import CheckpointError, ConversationError, NonFiniteError
+from raywards.loader import create_model_from_path, load_tokenizer
+from raywards.model import RewardModel
+from raywards.packing import fill, pad
+from raywards.rendering import Rendering, truncate
+
+logger = logging.getLogger(__name__)
+
+Conversation = Sequence[Mapping[str, Any]] | str
+Truncation = Literal["error", "left", "right"]
+
+_MAX_BATCH_SEQUENCES = 256
+
+
+class Scorer:
+    """Rewards for conversations.
+
+        scorer = Scorer.from_pretrained("reward-output/export")
+        scorer.score([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]])
+
+    A conversation is a list of messages, or plain text, which is closed with EOS. A reward does not
+    depend on its batch-mates beyond rounding: `info["bound"]` says how far.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        rendering: Rendering,
+        *,
+        source: str,
+        manifest: dict[str, Any] | None,
+        max_length: int | None = None,
+        max_batch_tokens: int = 16_384,
+    ) -> None:
+        self._model = model.eval()
+        self._rendering = rendering
+        self._manifest = manifest
+        self._max_batch_tokens = max_batch_tokens
+        self._device = next(model.parameters()).device
+        self._config = model.inner.config.get_text_config()
+        self._skip_id = (
+            _foreign_skip_id(source, self._config, rendering) if manifest is None else None
+        )
+        self._pad_id = self._config.pad_token_id or 0
+        self.vocab_size: int = self._config.vocab_size
+        self.max_length = _max_length(self._config, rendering.tokenizer, max_length)
+        self.info = self._describe(source)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        max_length: int | None = None,
+        max_batch_tokens: int = 16_384,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Scorer:
+        """Load an export, another reward model's folder, or a hub id.
+
+        Args:
+            folder: The export, model folder or hub id.
+            dtype: Precision of the forward; default: that of the stored weights.
+            device: Torch device; default: a GPU where there is one.
+            max_length: Longest sequence in tokens that is accepted; default: what the model can take.
+            max_batch_tokens: Tokens of one forward, padding included.
+            revision: Revision of a hub model.
+            trust_remote_code: Run code that comes with the model.
+
+        Raises:
+            ModelError: This is no reward model: no folder, two labels, no head, remote code.
+            CheckpointError: The export is damaged, or its tokenizer renders otherwise than in training.
+        """
+        source = str(folder)
+        is_export = (Path(source) / MANIFEST).is_file()
+        manifest = read_manifest(Path(source), kind="export") if is_export else None
+        inner = create_model_from_path(
+            source,
+            AutoModelForSequenceClassification,
+            dtype="auto" if dtype is None else dtype,
+            device_map=None,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        policy = manifest["rendering"]["control_tokens"] if manifest else "as_text"
+        rendering = Rendering(tokenizer, control_tokens=policy)
+        if manifest and manifest["rendering"]["fingerprint"] != rendering.fingerprint():
+            raise CheckpointError(
+                f"{source}: its tokenizer or chat template is not the one it was trained with "
+                f"(rendering {rendering.fingerprint()[:19]}, trained with "
+                f"{manifest['rendering']['fingerprint'][:19]}), so rewards would be wrong. Restore "
+                "the tokenizer files of the export."
+            )
+        model = RewardModel(inner).to(device or _default_device())
+        return cls(
+            model,
+            rendering,
+            source=source,
+            manifest=manifest,
+            max_length=max_length,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+        """The reward of each conversation, in order."""
+        if isinstance(conversations, str) or (
+            conversations and isinstance(conversations[0], Mapping)
+        ):
+            raise ConversationError(
+                "score() takes a list of conversations, and this is a single one; wrap it: "
+                "score([conversation])[0].",
+                reason="not_a_list",
+            )
+        return self.score_ids([self.encode(conversation) for conversation in conversations])
+
+    def score_responses(
+        self, prompt: Conversation, responses: Sequence[Conversation]
+    ) -> list[float]:
+        """The reward of each response to one prompt, in order."""
+        return self.score_ids([self.encode_response(prompt, response) for response in responses])
+
+    def encode(
+        self,
+        conversation: Conversation,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        truncation: Truncation = "error",
+    ) -> list[int]:
+        """Token ids of a conversation: a list of messages, or plain text, which EOS closes.
+
+        Raises `ConversationError` where it cannot be rendered or is longer than `max_length`.
+        """
+        if isinstance(conversation, str):
+            ids = self._rendering.encode_text(conversation)
+        else:
+            ids = self._rendering.encode_conversation(
+                conversation, chat_template_kwargs=chat_template_kwargs
+            )
+        return self.check_ids(ids, truncation=truncation)
+
+    def encode_response(
+        self,
+        prompt: Conversation,
+        response: Conversation,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        truncation: Truncation = "error",
+    ) -> list[int]:
+        """Token ids of a prompt with a response.
+
+        A prompt of messages takes a response of messages, or text, which becomes an assistant
+        message. A prompt of text becomes a user message where the model was trained on
+        conversations (an export says so; another model: where it has a chat template), and is
+        joined to a response of text otherwise.
+        """
+        if isinstance(prompt, str) and isinstance(response, str) and not self._takes_messages:
+            return self.encode(prompt + response, truncation=truncation)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        if isinstance(response, str):
+            turns = [*turns, {"role": "assistant", "content": response}]
+        else:
+            turns = [*turns, *response]
+        return self.encode(turns, chat_template_kwargs=chat_template_kwargs, truncation=truncation)
+
+    def encode_rendered(self, text: str, *, truncation: Truncation = "error") -> list[int]:
+        """Token ids of text that a chat template has rendered already: nothing is added to it."""
+        return self.check_ids(self._rendering.encode_rendered(text), truncation=truncation)
+
+    def check_ids(self, ids: Sequence[int], *, truncation: Truncation = "error") -> list[int]:
+        """`ids` as they will be scored: in the vocabulary, and no longer than `max_length`."""
+        checked = list(ids)
+        if not checked:
+            raise ConversationError("no tokens: there is nothing to score.", reason="empty")
+        for place, id_ in enumerate(checked):
+            if type(id_) is not int or not 0 <= id_ < self.vocab_size:
+                raise ConversationError(
+                    f"input_ids[{place}] is {id_!r:.40}; expected an integer from 0 to "
+                    f"{self.vocab_size - 1}.",
+                    reason="not_in_vocabulary",
+                )
+        if len(checked) > self.max_length:
+            if truncation == "error":
+                raise ConversationError(
+                    f"{len(checked)} tokens are more than max_length={self.max_length}; shorten it, "
+                    "or ask for truncation 'left' or 'right'.",
+                    reason="too_long",
+                )
+            checked = truncate(checked, self.max_length, truncation)
+        return checked
+
+    @torch.inference_mode()
+    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each sequence of token ids, in order.
+
+        Raises `NonFiniteError` naming the first sequence whose reward is NaN or infinite.
+        """
+        rewards = [math.nan] * len(sequences)
+        lengths = [len(ids) for ids in sequences]
+        plan = fill(lengths, max_tokens=self._max_batch_tokens, max_sequences=_MAX_BATCH_SEQUENCES)
+        for indices in plan:
+            batch = pad([sequences[i] for i in indices], self._pad_id, skip_id=self._skip_id)
+            for i, reward in zip(
+                indices, self._model(batch.to(self._device)).tolist(), strict=True
+            ):
+                rewards[i] = reward
+        for i, reward in enumerate(rewards):
+            if not math.isfinite(reward):
+                raise NonFiniteError(
+                    f"the reward of sequence {i} ({lengths[i]} tokens) is {reward}: the model's "
+                    "weights or its precision are broken for this input.",
+                    index=i,
+                )
+        return rewards
+
+    def verify(self) -> None:
+        """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
+
+        A foreign model has none stored; its probe is that it gives a finite reward.
+        """
+        if self._manifest is None:
+            self.score_ids([[self._pad_id, min(1, self.vocab_size - 1)]])
+            return
+        stored = self._manifest["rewards"]
+        found = self.score_ids([probe["input_ids"] for probe in stored])
+        worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
+        if worst > self.info["bound"]:
+            raise CheckpointError(
+                f"{self.info['model']}: rewards differ by {worst:.3g} from those stored with the "
+                f"export, and {self.info['bound']:.3g} is allowed in {self.info['dtype']}. The "
+                "weights, or the software that runs them, are not what was exported."
+            )
+
+    @property
+    def _takes_messages(self) -> bool:
+        if self._manifest is None:
+            return self._rendering.tokenizer.chat_template is not None
+        return bool(self._manifest["training"].get("conversational", True))
+
+    def _describe(self, source: str) -> dict[str, Any]:
+        dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
+        bounds = (self._manifest or {}).get("bounds", {})
+        identity = self._manifest or self._config.to_dict()
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
+        return {
+            "model": source,
+            "class": type(self._model.inner).__name__,
+            "dtype": dtype,
+            "device": str(self._device),
+            "num_parameters": sum(p.numel() for p in self._model.parameters()),
+            "max_length": self.max_length,
+            "vocab_size": self.vocab_size,
+            "pad_token_id": self._config.pad_token_id,
+            "pooling": "last_token" if self._skip_id is None else "last_non_pad_id",
+            "rendering": self._rendering.describe(),
+            "bound": bounds.get(dtype, bounds.get("bfloat16")),
+            "revision": f"sha256:{digest.hexdigest()}",
+            "training": (self._manifest or {}).get("training"),
+        }
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _max_length(config: Any, tokenizer: Any, asked: int | None) -> int:
+    """The lower of what the positions and the tokenizer allow, or of what was asked for."""
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+    able = min((int(n) for n in limits if n is not None and 0 < n < 10**9), default=1 << 20)
+    if asked is not None and asked > able:
+        logger.warning("max_length=%d is more than the model's %d positions", asked, able)
+    return able if asked is None else min(asked, able)
+
+
+def _foreign_skip_id(source: str, config: Any, rendering: Rendering) -> int | None:
+    """The id that transformers' own pooling skips at the end, for a model that we did not export."""
+    pad_id: int | None = config.pad_token_id
+    if pad_id is not None and pad_id == rendering.tokenizer.eos_token_id:
+        logger.warning(
+            "%s: its pad token is its EOS token, so transformers reads the reward before a closing "
+            "EOS and vLLM reads it there: engines disagree on plain text. transformers' rule is kept.",
+            source,
+        )
+    return pad_id

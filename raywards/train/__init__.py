@@ -1,0 +1,1 @@
+"""Training: prepare the pairs once, run the loop on every worker, keep what it reports."""

@@ -1,0 +1,300 @@
+"""Rows to prepared pairs on disk, once for the whole run: validated, encoded, with their lengths.
+
+A prepared folder holds Arrow shards that `datasets` memory-maps, and a `prepared.json` written last.
+Its name carries a fingerprint of the rows, the rendering and the settings, so a run that is started
+again finds it, and changed data makes a new one.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets.arrow_writer import ArrowWriter
+
+from raywards.errors import ConfigError, RowError
+from raywards.preferences import REASONS, RowRef, RowSet, encode_row, read_rows
+from raywards.rendering import Rendering
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1
+_ROWS_PER_SHARD = 50_000
+_ROWS_PER_CHUNK = 256
+_BAD_ROWS_SHOWN = 5
+_FEATURES = datasets.Features(
+    {
+        "chosen_ids": datasets.Sequence(datasets.Value("int32")),
+        "rejected_ids": datasets.Sequence(datasets.Value("int32")),
+        "margin": datasets.Value("float32"),
+        "length": datasets.Value("int32"),
+        "source": datasets.Value("string"),
+        "row": datasets.Value("int64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What decides how a row becomes a pair, beside the rendering."""
+
+    max_length: int | None
+    truncation: Literal["drop", "left", "right"]
+    on_bad_row: Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared folder, as its `prepared.json` describes it."""
+
+    folder: Path
+    fingerprint: str
+    num_rows: int
+    num_pairs: int
+    dropped: dict[str, int]
+    """Rows left out, by reason."""
+    conversational: bool
+    has_margin: bool
+    last_ids: list[int]
+    """Ids that end some sequence."""
+
+
+class PairTable:
+    """The pairs of a prepared folder, memory-mapped; read by index."""
+
+    def __init__(self, folder: Path) -> None:
+        shards = sorted(folder.glob("pairs-*.arrow"))
+        self._rows = datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(shard)) for shard in shards]
+        )
+        self.lengths: list[int] = self._rows.with_format("numpy")["length"][:].tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, indices: list[int]) -> dict[str, list[Any]]:
+        """Columns `chosen_ids`, `rejected_ids`, `margin` of the pairs at `indices`."""
+        columns: dict[str, list[Any]] = self._rows[indices]
+        return columns
+
+
+def prepare(
+    source: Any,
+    rendering: Rendering,
+    settings: EncodeSettings,
+    parent: Path,
+    *,
+    name: str,
+    split: str = "train",
+    num_proc: int = 1,
+) -> Prepared:
+    """Encode every row of `source` into a folder below `parent`, or find it there already.
+
+    Raises `RowError` for the first rows that cannot become pairs (unless they are to be dropped),
+    and `ConfigError` where no pair is left.
+    """
+    row_sets = read_rows(source, split=split)
+    fingerprint = _fingerprint(row_sets, rendering, settings)
+    folder = parent / f"{name}-{fingerprint[:16]}"
+    if (folder / "prepared.json").is_file():
+        prepared = _read(folder)
+        logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
+        return prepared
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        summary = _write_shards(row_sets, rendering, settings, partial, num_proc)
+        _refuse_nothing_left(name, summary)
+        summary = {"format": _FORMAT, "fingerprint": fingerprint, **summary}
+        (partial / "prepared.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # what an older format left there
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    prepared = _read(folder)
+    _tell(name, prepared)
+    return prepared
+
+
+def _fingerprint(row_sets: list[RowSet], rendering: Rendering, settings: EncodeSettings) -> str:
+    digest = hashlib.sha256(
+        json.dumps([_FORMAT, rendering.fingerprint(), *vars(settings).items()]).encode()
+    )
+    for row_set in row_sets:
+        digest.update(row_set.name.encode("utf-8", "surrogatepass"))
+        for row in row_set.rows:
+            text = json.dumps(row, sort_keys=True, default=str)
+            digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _write_shards(
+    row_sets: list[RowSet],
+    rendering: Rendering,
+    settings: EncodeSettings,
+    folder: Path,
+    num_proc: int,
+) -> dict[str, Any]:
+    """Encode in order and write shards; returns what `prepared.json` says."""
+    dropped: collections.Counter[str] = collections.Counter()
+    bad: list[RowError] = []
+    last_ids: set[int] = set()
+    num_pairs = num_rows = num_conversational = num_margins = 0
+    writer, shard = None, 0
+    for pairs, errors in _encode(row_sets, rendering, settings, num_proc):
+        num_rows += len(pairs) + len(errors)
+        for error in errors:
+            if error.reason == "too_long" or settings.on_bad_row == "drop":
+                dropped[error.reason] += 1
+            else:
+                bad.append(error)
+        if len(bad) >= _BAD_ROWS_SHOWN:
+            break
+        for pair, conversational in pairs:
+            if writer is None:
+                path = folder / f"pairs-{shard:05d}.arrow"
+                writer, shard = ArrowWriter(path=str(path), features=_FEATURES), shard + 1
+            writer.write(pair)
+            num_pairs += 1
+            num_conversational += conversational
+            num_margins += pair["margin"] is not None
+            last_ids.update((pair["chosen_ids"][-1], pair["rejected_ids"][-1]))
+            if num_pairs % _ROWS_PER_SHARD == 0:
+                writer.finalize()
+                writer = None
+    if writer is not None:
+        writer.finalize()
+    if bad:
+        raise _together(bad)
+    return {
+        "num_rows": num_rows,
+        "num_pairs": num_pairs,
+        "dropped": dict(dropped),
+        "conversational": 2 * num_conversational > num_pairs,
+        "has_margin": num_margins > 0,
+        "last_ids": sorted(last_ids),
+    }
+
+
+_Encoded = tuple[list[tuple[dict[str, Any], bool]], list[RowError]]
+
+
+def _encode(
+    row_sets: list[RowSet], rendering: Rendering, settings: EncodeSettings, num_proc: int
+) -> Iterator[_Encoded]:
+    """Encoded chunks in the order of the rows, from this process or from `num_proc` others."""
+    work = (
+        (rendering, settings, row_set.name, start, rows, margins)
+        for row_set in row_sets
+        for margins in [_has_margins(row_set.rows)]
+        for start, rows in _chunks(row_set.rows)
+    )
+    if num_proc <= 1:
+        yield from (_encode_chunk(*task) for task in work)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_proc, mp_context=context) as pool:
+        waiting: collections.deque[Future[_Encoded]] = collections.deque()
+        for task in work:
+            waiting.append(pool.submit(_encode_chunk, *task))
+            if len(waiting) >= 4 * num_proc:  # keep memory flat: rows are read as they are needed
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _encode_chunk(
+    rendering: Rendering,
+    settings: EncodeSettings,
+    source: str,
+    start: int,
+    rows: list[Mapping[str, Any]],
+    margin_required: bool,
+) -> _Encoded:
+    pairs: list[tuple[dict[str, Any], bool]] = []
+    errors: list[RowError] = []
+    for row_number, row in enumerate(rows, start):
+        try:
+            pair = encode_row(
+                row,
+                RowRef(source, row_number),
+                rendering,
+                max_length=settings.max_length,
+                truncation=settings.truncation,
+                margin_required=margin_required,
+            )
+        except RowError as error:
+            errors.append(error)
+            continue
+        encoded = {
+            "chosen_ids": pair.chosen_ids,
+            "rejected_ids": pair.rejected_ids,
+            "margin": pair.margin,
+            "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
+            "source": source,
+            "row": row_number,
+        }
+        pairs.append((encoded, isinstance(row.get("chosen"), list)))
+    return pairs, errors
+
+
+def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
+    iterator, start = iter(rows), 0
+    while chunk := list(itertools.islice(iterator, _ROWS_PER_CHUNK)):
+        yield start, chunk
+        start += len(chunk)
+
+
+def _has_margins(rows: Iterable[Mapping[str, Any]]) -> bool:
+    return any(row.get("margin") is not None for row in rows if isinstance(row, Mapping))
+
+
+def _together(bad: list[RowError]) -> RowError:
+    """The first bad row's error, with the next ones listed below it."""
+    first, *others = bad
+    if not others:
+        return first
+    lines = [f"  {error.source} row {error.row}: {error.reason}" for error in others]
+    message = "\n".join([str(first), "Other rows that cannot become pairs:", *lines])
+    message += "\nMend them, or set on_bad_row='drop' to leave such rows out and count them."
+    return RowError(message, **vars(first))
+
+
+def _refuse_nothing_left(name: str, summary: dict[str, Any]) -> None:
+    if summary["num_pairs"] == 0:
+        reasons = _reasons(summary["dropped"])
+        raise ConfigError(
+            f"{name}: no pair is left of {summary['num_rows']} rows"
+            + (f" ({reasons}). Raise max_length, or mend the data." if reasons else ".")
+        )
+
+
+def _tell(name: str, prepared: Prepared) -> None:
+    left_out = f"; left out: {_reasons(prepared.dropped)}" if prepared.dropped else ""
+    logger.info(
+        "%s: %d pairs from %d rows%s", name, prepared.num_pairs, prepared.num_rows, left_out
+    )
+
+
+def _reasons(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in dropped.items())
+
+
+def _read(folder: Path) -> Prepared:
+    summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+    summary.pop("format")
+    return Prepared(folder=folder, **summary)

@@ -1,0 +1,150 @@
+"""What a worker needs of its surroundings: where to resume from, where checkpoints and records go.
+
+Two kinds of surroundings with the same four verbs: a Ray Train worker group, and this process alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.errors import ConfigError
+
+Send = Callable[[str, dict[str, Any]], None]
+"""Hands one record to whoever keeps the log: its kind ("log", "tick", ...) and its content."""
+
+
+class Session(Protocol):
+    """The surroundings of one worker for one attempt at a run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    attempt: str
+    """Shared by all ranks and new for every attempt: makes the names of checkpoints unique."""
+
+    def send(self, kind: str, record: dict[str, Any]) -> None:
+        """Hand a record to the driver; rank 0 alone calls it."""
+
+    def resume_from(self) -> contextlib.AbstractContextManager[Path | None]:
+        """The newest complete checkpoint as a local folder, or None for a fresh start."""
+
+    def scratch(self, name: str) -> Path:
+        """A new local folder to write this rank's part of checkpoint `name` into."""
+
+    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
+        """Make the parts of all ranks the checkpoint `name`. A barrier: every rank calls it."""
+
+
+class RaySession:
+    """A worker of a Ray Train worker group. The process group is up when the loop starts."""
+
+    def __init__(self, send: Send, *, explicit: Path | None) -> None:
+        import ray.train
+
+        context = ray.train.get_context()
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.send = send
+        self._explicit = explicit
+        names = [uuid.uuid4().hex[:8]]
+        torch.distributed.broadcast_object_list(names, src=0)
+        self.attempt = names[0]
+
+    @contextlib.contextmanager
+    def resume_from(self) -> Iterator[Path | None]:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield self._explicit
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+            # The folder may be a download that the ranks of a node share: none may leave early.
+            torch.distributed.barrier()
+
+    def scratch(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=f"{name}-rank{self.rank}-"))
+
+    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
+        import ray.train
+
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class LocalSession:
+    """This process alone: a notebook, or one GPU. Checkpoints lie in the run folder directly."""
+
+    def __init__(
+        self, send: Send, run: Path, *, explicit: Path | None, keep: int | None, use_gpu: bool
+    ) -> None:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                f"num_workers=0 trains in this process alone, and WORLD_SIZE="
+                f"{os.environ['WORLD_SIZE']} is set: start the script once, without torchrun, and "
+                "set num_workers."
+            )
+        self.rank, self.world_size = 0, 1
+        self.device = torch.device("cuda:0" if use_gpu else "cpu")
+        self.attempt = uuid.uuid4().hex[:8]
+        self.send = send
+        self._run, self._explicit, self._keep = run, explicit, keep
+
+    @contextlib.contextmanager
+    def process_group(self, timeout_s: int) -> Iterator[None]:
+        """A process group of one, which DeepSpeed asks for. One that is there already is used."""
+        if torch.distributed.is_initialized():
+            yield
+            return
+        # DeepSpeed reads these even though the group exists.
+        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        added = {name: value for name, value in defaults.items() if name not in os.environ}
+        os.environ.update(added)
+        torch.distributed.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=torch.distributed.HashStore(),
+            rank=0,
+            world_size=1,
+            timeout=timedelta(seconds=timeout_s),
+        )
+        try:
+            yield
+        finally:
+            torch.distributed.destroy_process_group()
+            for name in added:
+                os.environ.pop(name, None)
+
+    @contextlib.contextmanager
+    def resume_from(self) -> Iterator[Path | None]:
+        complete = complete_checkpoints(self._run)
+        yield complete[-1] if complete else self._explicit
+
+    def scratch(self, name: str) -> Path:
+        folder = self._run / f".{name}.partial"
+        folder.mkdir(parents=True)
+        return folder
+
+    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
+        del metrics  # they are in the manifest
+        read_manifest(folder, kind="checkpoint")
+        os.replace(folder, self._run / name)
+        if self._keep is not None:
+            for old in complete_checkpoints(self._run)[: -self._keep]:
+                shutil.rmtree(old)

@@ -1,0 +1,621 @@
+"""RewardTrainer: TRL's trainer by name and arguments, on Ray Train and DeepSpeed.
+
+It runs in the driver: prepares the pairs, starts the workers, keeps the log, hands over the export.
+What happens on a worker is in `loop`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.trainer_utils import TrainOutput
+
+import raywards
+from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.config import RewardConfig, RunPaths, as_dict, freeze
+from raywards.errors import CheckpointError, ConfigError, RaywardsError, TrainingError
+from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
+from raywards.rendering import Rendering
+from raywards.train.loop import evaluate_alone, train
+from raywards.train.prepare import EncodeSettings, Prepared, prepare
+from raywards.train.runlog import RunLog
+from raywards.train.session import LocalSession, RaySession
+from raywards.train.worker import Job
+from raywards.train.zero import build_ops, zero_config
+
+logger = logging.getLogger(__name__)
+
+# Settings that may differ when a run is started again: they change neither weights nor their order.
+_MAY_CHANGE = {
+    "output_dir", "storage_path", "run_name", "disable_tqdm", "logging_steps", "logging_first_step",
+    "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy",
+    "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+    "hub_private_repo", "max_failures", "ddp_timeout", "dataset_num_proc", "resources_per_worker",
+    "use_gpu", "use_cpu", "on_bad_row", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+}  # fmt: skip
+
+_NOT_SUPPORTED = {
+    "data_collator": "raywards batches pairs itself",
+    "compute_metrics": "accuracy, loss, margin and rewards are computed on the workers",
+    "callbacks": "read `trainer.state.log_history` or `metrics.jsonl`",
+    "optimizers": "AdamW and its schedule are set by the fields of RewardConfig",
+    "optimizer_cls_and_kwargs": "AdamW is set by the fields of RewardConfig",
+    "preprocess_logits_for_metrics": "metrics are sums over pairs, not over gathered predictions",
+    "quantization_config": "quantised training is not built yet",
+    "peft_config": "LoRA is not built yet: raywards trains all weights",
+}
+
+
+class RewardTrainer:
+    """Train a reward model on preference pairs.
+
+        trainer = RewardTrainer(
+            model="Qwen/Qwen2.5-0.5B-Instruct",
+            args=RewardConfig(output_dir="reward-output", num_workers=2),
+            train_dataset=dataset,
+        )
+        trainer.train()
+
+    Args:
+        model: A hub id, a folder, or a transformers classifier with one label.
+        args: Settings; default: `RewardConfig()`.
+        train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset`, a hub id, a
+            JSONL, JSON or Parquet file, a saved dataset folder, or a list of these.
+        eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
+        processing_class: Tokenizer, if not the model's own.
+
+    The other arguments are TRL's; they are refused by name.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: RewardConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+    ) -> None:
+        given = {
+            "data_collator": data_collator,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks or None,
+            "optimizers": None if tuple(optimizers) == (None, None) else optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+            "quantization_config": quantization_config,
+            "peft_config": peft_config,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name}: is not supported: {_NOT_SUPPORTED[name]}. Leave it out."
+                )
+        if model is None:
+            raise ConfigError("model: is required: a hub id, a folder, or a classifier.")
+        if train_dataset is None:
+            raise ConfigError(
+                "train_dataset: is required (TRL's wording: `train_dataset` is None)."
+            )
+        self.model_id = model if isinstance(model, str) else str(model.config._name_or_path)
+        self.args = _with_output_dir(args or RewardConfig(), self.model_id)
+        self.train_dataset = train_dataset
+        self.eval_dataset = eval_dataset
+        self.paths = RunPaths.of(self.args)
+        self.state = transformers.TrainerState()
+        self.accelerator = _Console()
+        self.hub_model_id = self.args.hub_model_id or self.paths.name
+        self.dropped: dict[str, dict[str, int]] = {}
+        """Rows left out of each set, by reason."""
+        self._model = model
+        self._model_kwargs = _model_kwargs(self.args, model)
+        self.processing_class = processing_class or load_tokenizer(
+            self.model_id,
+            revision=self._model_kwargs.get("revision"),
+            trust_remote_code=self.args.trust_remote_code,
+            eos_token=self.args.eos_token,
+            chat_template_path=self.args.chat_template_path,
+        )
+        self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
+        if not isinstance(model, str) and model.config.num_labels != 1:
+            raise ConfigError(
+                f"model: has num_labels={model.config.num_labels}; reward models require "
+                "`num_labels=1`. Load it with create_model_from_path(..., num_labels=1)."
+            )
+
+    # ------------------------------------------------------------ public
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+        """Train, or go on training, and write the export.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder to start from. A run whose folder holds
+                checkpoints already goes on from the newest one without being asked; `True`
+                demands that there is one.
+
+        Returns:
+            `global_step`, `training_loss`, and `metrics`: run time, pairs left out, held-out metrics.
+
+        Raises:
+            RowError, ConfigError, ModelError: Before any worker starts.
+            CheckpointError: The run folder holds another run.
+            TrainingError: The run failed for good.
+        """
+        explicit = self._resume_point(resume_from_checkpoint)
+        freeze(self.args)
+        started = time.monotonic()
+        use_gpu = self._use_gpu()
+        # What a worker would refuse is refused here, before anything is written or started.
+        zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
+        self._check_model()
+        job = self._prepare_job()
+        build_ops(say=lambda text, *values: self.accelerator.print(text % values))
+        log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
+        try:
+            if self.args.num_workers == 0:
+                self._train_here(job, log, explicit, use_gpu)
+            else:
+                self._train_on_ray(job, log, explicit, use_gpu)
+        finally:
+            log.close()
+        if log.finished is None:
+            raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
+        self.state.log_history = log.history
+        self.state.global_step = log.finished["step"]
+        if self.args.push_to_hub:
+            self.push_to_hub()
+        return self._output(log, time.monotonic() - started)
+
+    def evaluate(
+        self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the trained model (before training: of the model it starts from).
+
+        Runs in this process. The keys are TRL's: `eval_loss`, `eval_accuracy`, ...
+        """
+        source = self.eval_dataset if eval_dataset is None else eval_dataset
+        if source is None:
+            raise ConfigError("eval_dataset: is required: none was given here or to RewardTrainer.")
+        prepared = self._prepare_evals(source, metric_key_prefix)
+        model = self.model
+        metrics: dict[str, float] = {}
+        for prefix, held_out in prepared.items():
+            values = evaluate_alone(model, held_out.folder, self.args)
+            metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        self.state.log_history.append({"step": self.state.global_step, **metrics})
+        return metrics
+
+    @property
+    def model(self) -> Any:
+        """The transformers model: the export once there is one, else what training starts from."""
+        if not isinstance(self._model, str) and self.args.num_workers == 0:
+            return self._model
+        if self.paths.export.is_dir():
+            return create_model_from_path(
+                str(self.paths.export),
+                transformers.AutoModelForSequenceClassification,
+                dtype="auto",
+                device_map=None,
+            )
+        if not isinstance(self._model, str):
+            return self._model
+        transformers.set_seed(self.args.seed)
+        return create_model_from_path(
+            self._model,
+            transformers.AutoModelForSequenceClassification,
+            device_map=None,
+            **self._model_kwargs,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Copy the export into `output_dir`; default: the run folder itself, as TRL does."""
+        manifest = self._finished_export()
+        target = Path(output_dir or self.paths.run).expanduser().absolute()
+        target.mkdir(parents=True, exist_ok=True)
+        for name in (*manifest["files"], "raywards.json"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.paths.export / name, target / name)
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> str:
+        """Upload the export to `hub_model_id`; returns the address of the commit."""
+        from huggingface_hub import HfApi
+
+        self._finished_export()
+        # `dataset_name` and the like go into TRL's model card; ours is not written yet.
+        kwargs.pop("dataset_name", None)
+        if kwargs:
+            raise ConfigError(f"push_to_hub: does not take {', '.join(sorted(kwargs))}.")
+        api = HfApi(token=self.args.hub_token)
+        repo = api.create_repo(
+            self.hub_model_id, private=self.args.hub_private_repo, exist_ok=True
+        ).repo_id
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=str(self.paths.export), commit_message=commit_message
+        )
+        return str(commit)
+
+    def end(self) -> None:
+        """Nothing is left to end: TRL's scripts call it."""
+
+    # ------------------------------------------------------------ before the workers
+
+    @property
+    def _bf16(self) -> bool:
+        return True if self.args.bf16 is None else self.args.bf16
+
+    def _use_gpu(self) -> bool:
+        if self.args.use_cpu:
+            if self.args.use_gpu:
+                raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
+            return False
+        if self.args.use_gpu is not None:
+            return self.args.use_gpu
+        if self.args.num_workers == 0:
+            return torch.cuda.is_available()
+        return bool(_ray().cluster_resources().get("GPU", 0) >= 1)
+
+    def _check_model(self) -> None:
+        """Read the config, so that a wrong model is refused before rows are encoded."""
+        if isinstance(self._model, str):
+            check_reward_model(self._model, self._model_kwargs)
+
+    def _resume_point(self, asked: str | bool | None) -> Path | None:
+        asked = asked if asked is not None else self.args.resume_from_checkpoint
+        if isinstance(asked, str):
+            folder = Path(asked).expanduser().absolute()
+            read_manifest(folder, kind="checkpoint")
+            return folder
+        if asked is True and not complete_checkpoints(self.paths.run):
+            raise CheckpointError(
+                f"resume_from_checkpoint=True: there is no complete checkpoint in {self.paths.run}."
+            )
+        return None
+
+    def _prepare_job(self) -> Job:
+        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        num_proc = self.args.dataset_num_proc or 1
+        pairs = prepare(
+            self.train_dataset, self._rendering, settings, self.paths.prepared,
+            name="train", num_proc=num_proc,
+        )  # fmt: skip
+        self._report_dropped("train", pairs)
+        evals = {}
+        if self.args.eval_strategy != "no" or self.args.eval_on_start:
+            if self.eval_dataset is None:
+                raise ConfigError(
+                    f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and none was "
+                    "given to RewardTrainer."
+                )
+            evals = self._prepare_evals(self.eval_dataset, "eval")
+        identity = self._claim_run_folder(pairs)
+        model = self._model
+        if not isinstance(model, str) and self.args.num_workers > 0:
+            # Workers are other processes: they load the given model from a folder.
+            folder = self.paths.run / "initial-model"
+            model.save_pretrained(folder)
+            model = str(folder)
+        return Job(
+            config=self.args,
+            paths=self.paths,
+            model=model,
+            model_kwargs=self._model_kwargs,
+            rendering=self._rendering,
+            train=pairs.folder,
+            evals={prefix: held_out.folder for prefix, held_out in evals.items()},
+            identity=identity,
+            about={
+                "base_model": self.model_id,
+                "revision": self._model_kwargs.get("revision"),
+                "raywards": raywards.__version__,
+                "transformers": transformers.__version__,
+                "pairs": pairs.fingerprint,
+                "num_rows": pairs.num_rows,
+                "dropped": pairs.dropped,
+                "conversational": pairs.conversational,
+                "settings": as_dict(self.args),
+            },
+            last_ids=pairs.last_ids,
+        )
+
+    def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
+        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        import datasets
+
+        named = isinstance(source, Mapping) and not isinstance(source, datasets.Dataset)
+        sources = {f"{prefix}_{n}": s for n, s in source.items()} if named else {prefix: source}
+        prepared = {}
+        for name, rows in sources.items():
+            prepared[name] = prepare(
+                rows, self._rendering, settings, self.paths.prepared, name=name, split="test"
+            )
+            self._report_dropped(name, prepared[name])
+        return prepared
+
+    def _report_dropped(self, name: str, prepared: Prepared) -> None:
+        self.dropped[name] = prepared.dropped
+        if prepared.dropped and not self.args.disable_tqdm:
+            counts = ", ".join(f"{n} {reason}" for reason, n in prepared.dropped.items())
+            self.accelerator.print(
+                f"{name}: {prepared.num_pairs} pairs from {prepared.num_rows} rows; "
+                f"left out: {counts}"
+            )
+
+    def _claim_run_folder(self, pairs: Prepared) -> str:
+        """Write `run.json`, or refuse a folder whose checkpoints belong to another run."""
+        ours = {
+            "model": self.model_id,
+            "pairs": pairs.fingerprint,
+            **{k: v for k, v in as_dict(self.args).items() if k not in _MAY_CHANGE},
+            "model_init_kwargs": {k: str(v) for k, v in self._model_kwargs.items()},
+        }
+        file = self.paths.run / "run.json"
+        if file.is_file() and complete_checkpoints(self.paths.run):
+            theirs = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+            if differing:
+                lines = [
+                    f"  {k}: was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in differing[:12]
+                ]
+                raise CheckpointError(
+                    "\n".join([f"{self.paths.run}: holds checkpoints of another run:", *lines])
+                    + "\nGo back to those settings to continue it, or give this run another "
+                    "output_dir or run_name."
+                )
+        identity = hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
+        self.paths.run.mkdir(parents=True, exist_ok=True)
+        content = {"identity": identity, "settings": ours, "all": as_dict(self.args)}
+        file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        return identity
+
+    # ------------------------------------------------------------ the workers
+
+    def _train_here(self, job: Job, log: RunLog, explicit: Path | None, use_gpu: bool) -> None:
+        session = LocalSession(
+            log.take,
+            self.paths.run,
+            explicit=explicit,
+            keep=self.args.save_total_limit,
+            use_gpu=use_gpu,
+        )
+        with session.process_group(self.args.ddp_timeout):
+            train(job, session)
+
+    def _train_on_ray(self, job: Job, log: RunLog, explicit: Path | None, use_gpu: bool) -> None:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        ray = _ray()
+        mailbox = _start_mailbox(ray)
+        resources = dict(self.args.resources_per_worker or {})  # type: ignore[arg-type]
+        cpus = int(resources.setdefault("CPU", 1))
+        where = "GPU" if use_gpu else "CPU"
+        self.accelerator.print(
+            f"{len_of(job)} pairs, {self.args.num_workers} workers on {where}, run {self.paths.run}"
+        )
+        trainer = TorchTrainer(
+            _run_worker,
+            train_loop_config={
+                "job": job, "mailbox": mailbox, "explicit": explicit, "threads": max(1, cpus)
+            },
+            torch_config=TorchConfig(
+                backend="nccl" if use_gpu else "gloo", timeout_s=self.args.ddp_timeout
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=self.args.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+            ),
+            run_config=RunConfig(
+                name=self.paths.name,
+                storage_path=str(self.paths.storage),
+                # A request that the cluster can never meet is otherwise retried for ever.
+                failure_config=FailureConfig(
+                    max_failures=self.args.max_failures, controller_failure_limit=5
+                ),
+                checkpoint_config=CheckpointConfig(num_to_keep=self.args.save_total_limit),
+                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, cpus))}},
+            ),
+        )  # fmt: skip
+        reader = _Reader(ray, mailbox, log)
+        try:
+            trainer.fit()
+        except Exception as error:
+            reader.close()
+            if reader.error is None:
+                raise TrainingError(
+                    f"The run failed after {self.args.max_failures} restarts: {_reason(error)}\n"
+                    f"Checkpoints so far are in {self.paths.run}; started again, it goes on there."
+                ) from error
+        finally:
+            reader.close()
+            ray.kill(mailbox)
+        if reader.error is not None:
+            raise reader.error
+
+    # ------------------------------------------------------------ after the workers
+
+    def _finished_export(self) -> dict[str, Any]:
+        if not self.paths.export.is_dir():
+            raise CheckpointError(
+                f"{self.paths.export}: there is no export yet; call train() first."
+            )
+        return read_manifest(self.paths.export, kind="export")
+
+    def _output(self, log: RunLog, seconds: float) -> TrainOutput:
+        losses = [entry["loss"] for entry in log.history if "loss" in entry]
+        held_out = [entry for entry in log.history if any(k.startswith("eval") for k in entry)]
+        assert log.finished is not None
+        metrics = {
+            "train_runtime": seconds,
+            "train_samples_per_second": log.finished["num_pairs"] / seconds,
+            "num_pairs": log.finished["num_pairs"],
+            "num_dropped": {name: sum(counts.values()) for name, counts in self.dropped.items()},
+            "dropped": self.dropped,
+            "export": log.finished["export"],
+            **{k: v for k, v in (held_out[-1] if held_out else {}).items() if k.startswith("eval")},
+        }
+        mean = sum(losses) / len(losses) if losses else float("nan")
+        metrics["train_loss"] = mean
+        return TrainOutput(log.finished["step"], mean, metrics)
+
+
+class _Console:
+    """The part of accelerate's `Accelerator` that TRL's scripts use: to print once."""
+
+    is_main_process = True
+
+    def print(self, *values: Any) -> None:
+        import sys
+
+        sys.stderr.write(" ".join(map(str, values)) + "\n")
+        sys.stderr.flush()
+
+
+class _Mailbox:
+    """An actor between rank 0 and the driver: keeps messages in order until they are fetched."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[str, dict[str, Any]]] = []
+        self._failed = False
+
+    def put(self, kind: str, record: dict[str, Any]) -> None:
+        self._failed = self._failed or kind == "error"
+        self._messages.append((kind, record))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        messages, self._messages = self._messages, []
+        return messages
+
+    def failed(self) -> bool:
+        """Whether a worker has met an error that starting again cannot mend."""
+        return self._failed
+
+
+class _Reader:
+    """A thread that moves messages from the mailbox into the log while `fit()` blocks."""
+
+    def __init__(self, ray: Any, mailbox: Any, log: RunLog) -> None:
+        self.error: RaywardsError | None = None
+        self._ray, self._mailbox, self._log = ray, mailbox, log
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="raywards-log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            self._fetch()
+
+    def _read(self) -> None:
+        while not self._closed.wait(0.25):
+            self._fetch()
+
+    def _fetch(self) -> None:
+        try:
+            messages = self._ray.get(self._mailbox.take.remote(), timeout=30)
+        except self._ray.exceptions.RayError as error:
+            # Records are lost then, not training: the workers and checkpoints do not need us.
+            logger.warning("the run's log could not be read: %s", error)
+            return
+        for kind, record in messages:
+            if kind == "error":
+                self.error = self.error or record["error"]
+            else:
+                self._log.take(kind, record)
+
+
+def _run_worker(config: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    import ray
+
+    mailbox, job = config["mailbox"], config["job"]
+    if ray.get(mailbox.failed.remote()):
+        return  # the last attempt met an error that another cannot mend
+    torch.set_num_threads(config["threads"])
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    session = RaySession(mailbox.put.remote, explicit=config["explicit"])
+    try:
+        train(job, session)
+    except RaywardsError as error:
+        ray.get(mailbox.put.remote("error", {"error": error}))
+        raise
+
+
+def _start_mailbox(ray: Any) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On the driver's node: where it dies, the run dies with its driver anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "num_workers above 0 needs Ray: pip install 'raywards[train]', or set num_workers=0."
+        ) from None
+    if not ray.is_initialized():
+        ray.init()
+    return ray
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what the workers failed with."""
+    failures = getattr(error, "worker_failures", None)
+    causes = list(failures.values()) if failures else [error]
+    return (
+        str(causes[0]).strip().splitlines()[-1][:500] if str(causes[0]).strip() else repr(causes[0])
+    )
+
+
+def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
+    if args.output_dir is None:
+        args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
+    return args
+
+
+def _model_kwargs(args: RewardConfig, model: Any) -> dict[str, Any]:
+    kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if not isinstance(model, str):
+        if kwargs:
+            raise ConfigError(
+                "model_init_kwargs: has no effect on a model that is loaded already; pass its path."
+            )
+        return {"dtype": str(model.dtype).removeprefix("torch.")}
+    if kwargs.get("device_map") is not None:
+        raise ConfigError(
+            "model_init_kwargs.device_map: each worker holds the model on its own device, and "
+            "DeepSpeed places it; leave it out."
+        )
+    kwargs.pop("device_map", None)
+    if kwargs.pop("num_labels", 1) != 1:
+        raise ConfigError("model_init_kwargs.num_labels: a reward model has one label.")
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return kwargs
+
+
+def len_of(job: Job) -> int:
+    """Number of training pairs of a job."""
+    return int(json.loads((job.train / "prepared.json").read_text(encoding="utf-8"))["num_pairs"])

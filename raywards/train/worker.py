@@ -1,0 +1,327 @@
+"""A worker's engine and data: built, brought back from a checkpoint, saved, exported.
+
+What is done with them, step by step, is in `loop`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy
+import torch
+import transformers
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.trainer_pt_utils import get_parameter_names
+
+from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
+from raywards.config import RewardConfig, RunPaths
+from raywards.errors import CheckpointError
+from raywards.loader import create_model_from_path
+from raywards.metrics import PairMetrics
+from raywards.model import RewardModel, disable_dropout
+from raywards.packing import TrainPlan
+from raywards.rendering import Rendering
+from raywards.train.prepare import PairTable
+from raywards.train.session import Session
+from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
+
+_TAG = "engine"
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker is told. Made by `RewardTrainer`; plain values, so it can be pickled."""
+
+    config: RewardConfig
+    paths: RunPaths
+    model: Any
+    """A folder or hub id; with `num_workers=0` it may be the model itself."""
+    model_kwargs: dict[str, Any]
+    rendering: Rendering
+    train: Path
+    """Prepared folder."""
+    evals: dict[str, Path]
+    """Prepared folders by the prefix of their metrics."""
+    identity: str
+    """Digest of what must not change between attempts: model, pairs, settings."""
+    about: dict[str, Any]
+    """What the export's manifest says of the run."""
+    last_ids: list[int]
+
+
+@dataclass
+class State:
+    """Where a run stands: all of it is in a checkpoint."""
+
+    step: int = 0
+    num_pairs: int = 0
+    num_tokens: int = 0
+
+
+@dataclass
+class Worker:
+    """One rank's engine and data."""
+
+    job: Job
+    session: Session
+    engine: Any
+    pairs: PairTable
+    plan: TrainPlan
+    metrics: PairMetrics
+    total_steps: int
+    state: State = field(default_factory=State)
+
+
+def build_worker(job: Job, session: Session) -> Worker:
+    """Model, engine, pairs and plan of this rank."""
+    config = job.config
+    on_gpu = session.device.type == "cuda"
+    bf16 = config.bf16 if config.bf16 is not None else True
+    settings = zero_config(config, num_ranks=session.world_size, bf16=bf16)
+    build_ops()
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+
+    transformers.set_seed(config.seed)
+    fill_model_sizes(settings, hidden_size(job))
+    # transformers sees ZeRO-3 through this object, for as long as it lives.
+    keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
+    inner = load_model(job)
+    prepare_model(inner, config)
+    model = RewardModel(inner)
+
+    pairs = PairTable(job.train)
+    plan = TrainPlan(
+        num_pairs=len(pairs),
+        global_batch=global_batch(config, session.world_size),
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        shuffle=config.train_sampling_strategy == "random",
+        drop_last=config.dataloader_drop_last,
+    )
+    total_steps = count_steps(config, plan)
+    optimizer = build_optimizer(model, config)
+    schedule = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=warmup_steps(config, total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
+    )
+    engine.keeps_zero3_visible = keeps_zero3_visible
+    return Worker(job, session, engine, pairs, plan, PairMetrics(session.device), total_steps)
+
+
+def load_model(job: Job) -> Any:
+    """The transformers classifier: whole on every rank, or partitioned under ZeRO-3."""
+    if not isinstance(job.model, str):
+        return job.model
+    return create_model_from_path(
+        job.model,
+        AutoModelForSequenceClassification,
+        num_labels=1,
+        device_map=None,
+        **job.model_kwargs,
+    )
+
+
+def hidden_size(job: Job) -> int:
+    """Known before the model is there: ZeRO-3's sizes follow from it."""
+    if not isinstance(job.model, str):
+        config = job.model.config
+    else:
+        names = ("revision", "trust_remote_code")
+        kwargs = {name: job.model_kwargs[name] for name in names if name in job.model_kwargs}
+        config = AutoConfig.from_pretrained(job.model, **kwargs)
+    return int(config.get_text_config().hidden_size)
+
+
+def prepare_model(inner: Any, config: RewardConfig) -> None:
+    """Dropout, checkpointing and cache as the settings say."""
+    inner.config.use_cache = False
+    if config.disable_dropout:
+        disable_dropout(inner)
+    if config.gradient_checkpointing:
+        inner.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs
+            or {"use_reentrant": False}
+        )
+    inner.train()
+
+
+def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on what transformers' Trainer decays: no biases, no norms."""
+    no_decay = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], no_decay))
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def global_batch(config: RewardConfig, num_ranks: int) -> int:
+    """Pairs of one optimizer step over all workers."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks
+
+
+def count_steps(config: RewardConfig, plan: TrainPlan) -> int:
+    """Optimizer steps of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return math.ceil(config.num_train_epochs * plan.steps_per_epoch)
+
+
+def warmup_steps(config: RewardConfig, total_steps: int) -> int:
+    """Steps of warm-up: a number, or a share of all steps below 1."""
+    given = config.warmup_steps
+    return math.ceil(given * total_steps) if given < 1 else int(given)
+
+
+# ---------------------------------------------------------------- checkpoint, export
+
+
+def save(worker: Worker) -> None:
+    """Write this rank's part of a checkpoint and hand it over. A collective."""
+    session, state = worker.session, worker.state
+    name = f"checkpoint-{state.step:06d}-{session.attempt}"
+    folder = session.scratch(name)
+    window = worker.metrics.gather_on_first_rank(session.rank)
+    client_state = {
+        "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
+    }
+    worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
+    torch.save(_random_state(), folder / f"random-{session.rank}.pt")
+
+    parts: list[Any] = [None] * session.world_size
+    torch.distributed.all_gather_object(parts, list_files(folder))
+    files = {file: size for part in parts for file, size in part.items()}
+    if session.rank == 0:
+        content = {
+            "kind": "checkpoint",
+            "identity": worker.job.identity,
+            "num_ranks": session.world_size,
+            **dataclasses.asdict(state),
+        }
+        write_manifest(folder, content, files)
+    session.commit(folder, name, {"step": state.step})
+
+
+def resume(worker: Worker) -> State:
+    """Bring engine, counters and random state to the newest checkpoint, if there is one."""
+    with worker.session.resume_from() as folder:
+        if folder is None:
+            return worker.state
+        manifest = read_manifest(folder, kind="checkpoint")
+        check_fits(folder, manifest, worker)
+        path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
+        saved = dict(client_state["raywards"])
+        saved.pop("ranks")
+        worker.metrics.restore(saved.pop("window"), worker.session.rank)
+        worker.state = State(**saved)
+        _set_random_state(
+            torch.load(folder / f"random-{worker.session.rank}.pt", weights_only=False)
+        )
+    return worker.state
+
+
+def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
+    """Refuse a checkpoint of another run: continuing would train something that nobody asked for."""
+    if manifest["identity"] != worker.job.identity:
+        raise CheckpointError(
+            f"{folder}: is of a run with another model, other pairs or other settings. Give this "
+            "run another output_dir or run_name, or go back to the settings in its run.json."
+        )
+    if manifest["num_ranks"] != worker.session.world_size:
+        raise CheckpointError(
+            f"{folder}: was written by {manifest['num_ranks']} workers, and this run has "
+            f"{worker.session.world_size}: resuming at another number of workers is not supported "
+            f"yet. Set num_workers={manifest['num_ranks']}."
+        )
+
+
+def export(worker: Worker) -> None:
+    """Write the Hugging Face folder to score with, from full-precision weights. A collective."""
+    job, rank = worker.job, worker.session.rank
+    inner = worker.engine.module.inner
+    weights = dict(full_weights(inner, keep=rank == 0))
+    if rank == 0:
+        dtype = job.model_kwargs.get("dtype") or torch.float32
+        stored = next(inner.parameters()).dtype if dtype == "auto" else _dtype(dtype)
+        about = {**job.about, **dataclasses.asdict(worker.state)}
+        manifest = export_model(
+            inner,
+            weights,
+            job.rendering,
+            job.paths.export,
+            dtype=stored,
+            training=about,
+            last_ids=job.last_ids,
+        )
+        worker.session.send(
+            "finish",
+            {
+                **dataclasses.asdict(worker.state),
+                "export": str(job.paths.export),
+                "bounds": manifest["bounds"],
+            },
+        )
+    torch.distributed.barrier()
+
+
+def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+    """The state dict with master weights, one tensor at a time. A collective; `keep` on rank 0."""
+    by_name = dict(inner.named_parameters(remove_duplicate=False))
+    for name, value in inner.state_dict(keep_vars=True).items():
+        full = value.detach()
+        if name in by_name:
+            master = safe_get_full_fp32_param(by_name[name]) if value.requires_grad else None
+            if master is not None:
+                full = master
+            else:
+                with deepspeed.zero.GatheredParameters([by_name[name]]):
+                    full = by_name[name].detach().clone()
+        if keep:
+            yield name, full.to("cpu", copy=True)
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
