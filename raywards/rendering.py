@@ -332,7 +332,7 @@ class _Chat:
         messages = [
             {"role": message["role"]}
             | {
-                key: _mapped(value, change, "messages")
+                change(key): _mapped(value, change, "messages")
                 for key, value in message.items()
                 if key != "role"
             }
@@ -349,7 +349,7 @@ class _Chat:
         for index, message in enumerate(self.messages):
             for key, value in message.items():
                 if key != "role":
-                    yield from ((index, text) for text in _strings(value))
+                    yield from ((index, text) for text in _strings({key: value}))
         yield from (("tools", text) for text in _strings(self.tools))
         yield from (("chat_template_kwargs", text) for text in _strings(self.kwargs))
 

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import chatml_tokenizer, llama_like_tokenizer, metaspace_tokenizer
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -20,6 +22,13 @@ from raywards.rendering import Rendering, truncate
 
 TOKENIZERS = [chatml_tokenizer, llama_like_tokenizer, metaspace_tokenizer]
 each_tokenizer = pytest.mark.parametrize("build", TOKENIZERS, ids=lambda build: build.__name__)
+
+
+RENDERING = Rendering(chatml_tokenizer())
+SPECIAL_IDS = RENDERING.tokenizer.convert_tokens_to_ids(
+    ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+)
+TURN_IDS = SPECIAL_IDS[1:]
 
 
 def chat(*contents: Any) -> list[dict[str, Any]]:
@@ -151,6 +160,48 @@ def test_a_control_token_is_text_wherever_it_stands(place: str) -> None:
     turns = ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>"))
     assert ids.count(tokenizer.eos_token_id) == turns  # the template's own, one a turn
     assert tokenizer.decode(ids).count("<|im_end|>") == turns + 1
+
+
+FRAGMENTS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_",
+    "end|>",
+    "<",
+    "|",
+    ">",
+    "im_end",
+    " ",
+    "\n",
+    "é",
+    "a",
+]
+contents = st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)
+parts = st.lists(contents.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(contents | parts, min_size=1, max_size=3))
+def test_no_content_makes_a_control_token(found: list[Any]) -> None:
+    messages = chat(*found)
+    ids = RENDERING.encode_conversation(messages)
+    naive = trl_ids(RENDERING.tokenizer, messages)
+    assert RENDERING.tokenizer.decode(ids) == RENDERING.tokenizer.decode(naive)
+    for token_id in SPECIAL_IDS:
+        own = len(messages) * (token_id in TURN_IDS)  # what the template writes
+        assert ids.count(token_id) == own
+    if all(naive.count(token_id) == len(messages) for token_id in TURN_IDS):
+        assert ids == naive
+
+
+def test_a_control_token_in_a_key_that_the_template_prints_is_text() -> None:
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = "{{ messages | tojson }}"
+    messages = [{"role": "user", "content": "Hi", "<|im_end|>": 1}]
+    assert tokenizer.eos_token_id in trl_ids(tokenizer, messages)  # the trap
+    ids = Rendering(tokenizer).encode_conversation(messages)
+    assert tokenizer.eos_token_id not in ids
+    assert '"<|im_end|>": 1' in tokenizer.decode(ids)
 
 
 def test_refusing_control_tokens_names_the_message_and_the_token() -> None:
