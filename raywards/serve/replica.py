@@ -1,0 +1,344 @@
+"""The scoring core of one replica: checks, tokenising, batching, deadlines, health.
+
+    ScoringRequest ─check─► items ─tokenise (threads)─► ids ─Batcher─► rewards ─► ScoringResult
+
+Every dialect asks this core. It holds a `Scorer` and a `Batcher`, and lives on one event loop; the
+tokeniser and the model run in threads beside it. Knows nothing of JSON, HTTP or Ray, so that it
+runs under a bare FastAPI app as it does in a Serve replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from raywards.config import ServeConfig
+from raywards.errors import (
+    ConversationError,
+    DeadlineError,
+    OverloadedError,
+    RequestRefusedError,
+    ServiceError,
+)
+from raywards.rendering import truncate
+from raywards.serve.batcher import Batcher, Scored
+from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID: ContextVar[str | None] = ContextVar("raywards_request_id", default=None)
+"""Of the request that this task serves: for the log."""
+
+# No tokenizer of a language model makes a token of more characters; text beyond cannot fit.
+_CHARACTERS_PER_TOKEN = 250
+# What text usually has: for admission before the real count is known.
+_USUAL_CHARACTERS_PER_TOKEN = 4
+_TOKENIZER_THREADS = 2
+_PROBE_S = 10.0
+# A forward of one batch takes seconds. One that takes this long will not come back.
+_STUCK_S = 600.0
+
+
+class ScorerLike(Encoder, Protocol):
+    """What the core needs of `raywards.scorer.Scorer`."""
+
+    info: dict[str, Any]
+
+    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    ids: list[int]
+    truncated: bool
+
+
+class RewardService:
+    """One model, ready to score. `start()` it on the event loop that will call it."""
+
+    def __init__(self, scorer: ScorerLike, config: ServeConfig) -> None:
+        self.config = config
+        self._scorer = scorer
+        self._batcher = Batcher(
+            scorer.score_ids,
+            max_batch_tokens=config.max_batch_tokens,
+            max_batch_sequences=config.max_batch_sequences,
+            max_queued_tokens=config.max_queued_tokens,
+        )
+        self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._tokenizing = 0
+        self._closed = False
+
+    def start(self) -> None:
+        """Start the batcher on the running loop."""
+        self._batcher.start()
+
+    async def close(self) -> None:
+        """Refuse new requests, finish the accepted ones."""
+        self._closed = True
+        await self._batcher.close()
+        self._tokenizers.shutdown(wait=False)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are accepted and computed."""
+        return self._batcher.healthy and not self._closed
+
+    async def check(self) -> None:
+        """Send a canary through the batcher; raises where rewards do not come out any more."""
+        if self._batcher.forward_age_s > _STUCK_S:
+            raise ServiceError(f"a forward has been running for more than {_STUCK_S:g} s")
+        canary = [min(1, int(self._scorer.info["vocab_size"]) - 1)] * 2
+        try:
+            await self._batcher.probe(canary, deadline=time.monotonic() + _PROBE_S)
+        except DeadlineError:
+            # It waits behind one long forward: busy, not broken.
+            if not self._batcher.healthy:
+                raise
+
+    def info(self) -> dict[str, Any]:
+        """What is served, its limits, and how much waits."""
+        config = self.config
+        return {
+            "name": config.name,
+            **self._scorer.info,
+            "limits": {
+                "max_length": self._scorer.max_length,
+                "max_items_per_request": config.max_items_per_request,
+                "max_body_bytes": config.max_body_bytes,
+                "max_batch_tokens": config.max_batch_tokens,
+                "max_queued_tokens": config.max_queued_tokens,
+                "request_timeout_s": config.request_timeout_s,
+            },
+            "batcher": asdict(self._batcher.stats),
+        }
+
+    async def score(self, request: ScoringRequest) -> ScoringResult:
+        """The core. Raises `ServiceError`: refused, overloaded, too late, or failed."""
+        started = time.monotonic()
+        timeout_s = min(
+            request.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s
+        )
+        deadline = started + timeout_s
+        self._check(request)
+        encoded = await self._tokenize(request, deadline)
+        tokenize_s = time.monotonic() - started
+        sequences = [one.ids for one in encoded if isinstance(one, _Encoded)]
+        rewards: list[float] | list[float | ServiceError]
+        if request.fails_as_a_whole:
+            scored = await self._batcher.submit_timed(sequences, deadline=deadline)
+            rewards, timed = scored.rewards, [scored]
+        else:
+            outcomes = await self._batcher.submit_each(sequences, deadline=deadline)
+            rewards = [_reward_of(outcome) for outcome in outcomes]
+            timed = [outcome for outcome in outcomes if isinstance(outcome, Scored)]
+        result = ScoringResult(
+            items=_scored_items(encoded, rewards),
+            model=self.config.name,
+            revision=self._scorer.info.get("revision"),
+            queue_s=max((outcome.queue_s for outcome in timed), default=0.0),
+            tokenize_s=tokenize_s,
+            forward_s=max((outcome.forward_s for outcome in timed), default=0.0),
+            batch_size=max((outcome.batch_size for outcome in timed), default=0),
+        )
+        _log_scored(result)
+        return result
+
+    # ---- before tokenising
+
+    def _check(self, request: ScoringRequest) -> None:
+        """What can be refused without looking at a token."""
+        if self._closed:
+            raise OverloadedError(
+                "this replica is stopping; try again", status=503, retry_after_s=1.0
+            )
+        self._check_model(request.model)
+        if len(request.items) > self.config.max_items_per_request:
+            raise RequestRefusedError(
+                f"the request has {len(request.items)} sequences, and at most "
+                f"{self.config.max_items_per_request} are accepted; send fewer per request",
+                status=413,
+                code="too_many_items",
+            )
+        limit = self._scorer.max_length
+        if request.max_length is not None and request.max_length > limit:
+            raise RequestRefusedError(
+                f"max_length: {request.max_length} is more than this model's {limit}",
+                status=422,
+                field="max_length",
+                code="invalid_value",
+            )
+
+    def _check_model(self, asked: str | None) -> None:
+        name, revision = self.config.name, self._scorer.info.get("revision")
+        if asked is not None and asked not in (name, f"{name}@{revision}"):
+            raise RequestRefusedError(
+                f"model: {asked[:80]!r} is not served here; {name!r} is, at revision {revision}",
+                status=404,
+                field="model",
+                code="model_not_found",
+            )
+
+    # ---- tokenising
+
+    async def _tokenize(
+        self, request: ScoringRequest, deadline: float
+    ) -> list[_Encoded | RequestRefusedError]:
+        """Token ids of all items, made in a thread: the loop goes on serving others."""
+        guess = sum(item.characters() for item in request.items) // _USUAL_CHARACTERS_PER_TOKEN
+        load = self._batcher.stats.queued_tokens + self._tokenizing
+        if 0 < load > self.config.max_queued_tokens - guess:
+            raise OverloadedError(
+                f"the queue is full: about {load} tokens wait and "
+                f"{self.config.max_queued_tokens} may; try again after the time in Retry-After",
+                status=503,
+                retry_after_s=self._batcher.retry_after_s(),
+            )
+        gone = threading.Event()
+        loop = asyncio.get_running_loop()
+        self._tokenizing += guess
+        try:
+            return await loop.run_in_executor(
+                self._tokenizers, self._encode_all, request, deadline, gone
+            )
+        finally:
+            gone.set()
+            self._tokenizing -= guess
+
+    def _encode_all(
+        self, request: ScoringRequest, deadline: float, gone: threading.Event
+    ) -> list[_Encoded | RequestRefusedError]:
+        encoded: list[_Encoded | RequestRefusedError] = []
+        for item in request.items:
+            if gone.is_set() or time.monotonic() > deadline:
+                raise DeadlineError(
+                    "the deadline passed before the request was tokenised; allow more time, or "
+                    "send less at once",
+                    status=504,
+                )
+            try:
+                encoded.append(self._encode(item, request))
+            except ConversationError as error:
+                told = _refused(error, item)
+                if request.fails_as_a_whole:
+                    raise told from None
+                encoded.append(told)
+        return encoded
+
+    def _encode(self, item: Item, request: ScoringRequest) -> _Encoded:
+        """Ask for no truncation first: else nobody would know whether it took place."""
+        characters, limit = item.characters(), self._scorer.max_length
+        if characters > limit * _CHARACTERS_PER_TOKEN:
+            raise ConversationError(
+                f"{characters} characters cannot fit into {limit} tokens; at most "
+                f"{limit * _CHARACTERS_PER_TOKEN} are read, also where the text is truncated",
+                reason="too_long",
+            )
+        truncated = False
+        try:
+            ids = item.encode(self._scorer, "error")
+        except ConversationError as error:
+            if error.reason != "too_long" or request.truncation == "error":
+                raise
+            ids = item.encode(self._scorer, request.truncation)
+            truncated = True
+        if request.max_length is not None and len(ids) > request.max_length:
+            if request.truncation == "error":
+                raise ConversationError(
+                    f"{len(ids)} tokens are more than the request's max_length="
+                    f"{request.max_length}; raise it, or ask for truncation 'left' or 'right'",
+                    reason="too_long",
+                )
+            ids = truncate(ids, request.max_length, request.truncation)
+            truncated = True
+        return _Encoded(ids, truncated)
+
+
+def load(config: ServeConfig) -> RewardService:
+    """Load and verify the model that `config` names. Raises `ModelError`, `CheckpointError`."""
+    import torch
+
+    from raywards.scorer import Scorer
+
+    # Of all replicas on a machine, each would else start a thread for every core of it.
+    torch.set_num_threads(max(1, int(config.num_cpus)))
+    scorer = Scorer.from_pretrained(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        max_length=config.max_length,
+        max_batch_tokens=config.max_batch_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
+    if config.verify:
+        scorer.verify()
+    return RewardService(scorer, config)
+
+
+def log_event(level: int, event: str, **fields: Any) -> None:
+    """One line of JSON. Never a prompt, a response, or a field's value: counts and codes only."""
+    if logger.isEnabledFor(level):
+        line: Mapping[str, Any] = {"event": event, "request_id": REQUEST_ID.get(), **fields}
+        logger.log(level, "%s", json.dumps(line))
+
+
+def _log_scored(result: ScoringResult) -> None:
+    log_event(
+        logging.INFO,
+        "scored",
+        items=len(result.items),
+        failed=sum(item.error is not None for item in result.items),
+        truncated=sum(item.truncated for item in result.items),
+        tokens=sum(item.num_tokens or 0 for item in result.items),
+        queue_ms=round(result.queue_s * 1e3, 1),
+        tokenize_ms=round(result.tokenize_s * 1e3, 1),
+        forward_ms=round(result.forward_s * 1e3, 1),
+        batch_size=result.batch_size,
+    )
+
+
+def _scored_items(
+    encoded: Sequence[_Encoded | RequestRefusedError], rewards: Sequence[float | ServiceError]
+) -> list[ScoredItem]:
+    """Rewards belong to the items that could be encoded, in order."""
+    remaining = iter(rewards)
+    items = []
+    for one in encoded:
+        if not isinstance(one, _Encoded):
+            items.append(ScoredItem(None, None, error=one))
+            continue
+        reward = next(remaining)
+        if isinstance(reward, ServiceError):
+            items.append(ScoredItem(None, len(one.ids), one.truncated, reward))
+        else:
+            items.append(ScoredItem(reward, len(one.ids), one.truncated))
+    return items
+
+
+def _reward_of(outcome: Scored | Exception) -> float | ServiceError:
+    if isinstance(outcome, Scored):
+        return outcome.rewards[0]
+    elif isinstance(outcome, ServiceError):
+        return outcome
+    raise outcome
+
+
+def _refused(error: ConversationError, item: Item) -> RequestRefusedError:
+    """The renderer's finding, with the field of the request in front."""
+    details = error.__dict__
+    field = item.field
+    if details.get("field") in ("chat_template_kwargs", "tools"):
+        field = details["field"]
+    elif details.get("message_index") is not None:
+        field = item.field_of_message(details["message_index"])
+    return RequestRefusedError(
+        f"{field}: {error}", status=422, field=field, code=details.get("reason", "invalid_value")
+    )
