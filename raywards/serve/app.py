@@ -14,6 +14,7 @@ import hmac
 import json
 import logging
 import math
+import re
 import signal
 import threading
 import uuid
@@ -29,11 +30,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from raywards import config as settings
+from raywards import errors
 from raywards.client import RewardClient
 from raywards.config import ServeConfig
 from raywards.errors import (
     DeadlineError,
     OverloadedError,
+    RaywardsError,
     RequestRefusedError,
     ServiceError,
     UnreachableError,
@@ -102,6 +105,8 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
             "look_back_period_s": config.look_back_period_s,
         },
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        # A dead replica is noticed, and replaced, at the next check. The default is 10.
+        health_check_period_s=3.0,
         graceful_shutdown_timeout_s=config.request_timeout_s + 5,
         # The default of 20 keeps a bad model folder restarting for minutes.
         max_constructor_retry_count=2,
@@ -112,8 +117,8 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
 def deploy(config: ServeConfig) -> DeploymentHandle[Any]:
     """Start the model on the running Ray cluster, or a new local one, and wait until it is ready.
 
-    `await handle.reward.remote({"messages": [...]})` then scores without HTTP. Raises
-    `ServiceError` with the replica's own words if the model cannot be served.
+    `await handle.reward.remote({"messages": [...]})` then scores without HTTP. Raises what the
+    replica raised if the model cannot be served: `ModelError`, `CheckpointError`, ...
     """
     from ray import serve
 
@@ -121,20 +126,18 @@ def deploy(config: ServeConfig) -> DeploymentHandle[Any]:
     try:
         return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
     except RuntimeError:
-        raise ServiceError(
-            f"{config.model!r} could not be served. {_status_message(config.name)}"
-        ) from None
+        raise _start_failure(config) from None
 
 
 def run(config: ServeConfig) -> None:
     """Serve until SIGINT, SIGTERM, or until somebody deletes the application: what a job does."""
     from ray import serve
 
-    deploy(config)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
+        deploy(config)
         _check_endpoint(config)
         logger.info("serving %s as %r at %s", config.model, config.name, endpoint(config))
         while not stop.wait(_POLL_S):
@@ -142,7 +145,7 @@ def run(config: ServeConfig) -> None:
             if application is None:
                 return
             if application.status == "DEPLOY_FAILED":
-                raise ServiceError(_status_message(config.name))
+                raise _start_failure(config)
     finally:
         serve.delete(config.name)
 
@@ -162,7 +165,8 @@ class RewardReplica:
         self.service.start()  # Serve calls constructors on the loop that serves requests
 
     async def reward(self, request: dict[str, Any]) -> dict[str, Any]:
-        """`POST /v1/reward` without HTTP, for callers inside the cluster. Raises `ServiceError`."""
+        """`POST /v1/reward` without HTTP, for callers inside the cluster. Raises `ServiceError`;
+        Ray keeps the original, with its `status` and `field`, as the `cause` of what arrives."""
         return await native.answer(request, self.service.score)
 
     async def info(self) -> dict[str, Any]:
@@ -390,15 +394,20 @@ def _log_to_serve() -> None:
     package.setLevel(logging.INFO)
 
 
-def _status_message(name: str) -> str:
-    """Why Serve says that the application is not well."""
+def _start_failure(config: ServeConfig) -> RaywardsError:
+    """What the replica raised, out of the traceback that Serve keeps of it."""
     from ray import serve
 
-    application = serve.status().applications.get(name)
-    if application is None:
-        return "Serve does not know the application."
-    told = [application.message, *(d.message for d in application.deployments.values())]
-    return max(told, key=len)
+    application = serve.status().applications.get(config.name)
+    deployments = application.deployments.values() if application else []
+    told = max((deployment.message for deployment in deployments), key=len, default="").strip()
+    ours = re.findall(r"^raywards\.errors\.(\w+): (.*?)\Z", told, re.MULTILINE | re.DOTALL)
+    if ours:
+        name, message = ours[-1]
+        kind: type[RaywardsError] = vars(errors).get(name, ServiceError)
+        return kind(message)
+    last = told.splitlines()[-1] if told else "Serve gives no reason; see its logs"
+    return ServiceError(f"{config.model}: could not be served: {last}")
 
 
 def _check_endpoint(config: ServeConfig) -> None:
