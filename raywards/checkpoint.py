@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from raywards.errors import CheckpointError
-from raywards.loader import create_model_from_path
+from raywards.loader import create_model_from_path, load_tokenizer
 from raywards.model import RewardModel
 from raywards.packing import pad
 from raywards.rendering import Rendering
@@ -29,7 +29,7 @@ from raywards.rendering import Rendering
 MANIFEST = "raywards.json"
 FORMAT = 1
 
-# What an export's stored rewards are computed on. Fixed and public: nobody's data leaves with a model.
+# What an export's stored rewards are computed on. Fixed: nobody's data leaves with a model.
 PROBES: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "Paris."),
     ("What is the capital of France?", "I would rather not say, and you should not ask."),
@@ -46,7 +46,7 @@ PROBES: tuple[tuple[str, str], ...] = (
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str, int]) -> None:
-    """Write the manifest of `folder`: `content`, and `files` as name to size in bytes. Call it last."""
+    """Write the manifest: `content`, and `files` as name to size in bytes. Call it last."""
     manifest = {"format": FORMAT, **content, "files": dict(sorted(files.items()))}
     partial = folder / f".{MANIFEST}.partial"
     partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -169,14 +169,11 @@ def choose_pad_token(tokenizer: Any, taken: Iterable[int | None], vocab_size: in
         for id_, token in sorted(tokenizer.added_tokens_decoder.items())
         if token.special and id_ not in ends and id_ < vocab_size
     }
-    own = {name: getattr(tokenizer, f"{name}_token") for name in ("pad", "unk", "bos")}
     reserved = [t for t in special if any(w in t.lower() for w in ("pad", "reserved", "unused"))]
-    for token in (own["pad"], *reserved, own["unk"], own["bos"], *special):
-        if token is not None and (
-            token in special
-            or (i := tokenizer.convert_tokens_to_ids(token)) not in ends
-            and i < vocab_size
-        ):
+    own = [tokenizer.pad_token, *reserved, tokenizer.unk_token, tokenizer.bos_token]
+    for token in (*own, *special):
+        id_ = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        if id_ is not None and id_ not in ends and id_ < vocab_size:
             return str(token)
     return None
 
@@ -227,6 +224,14 @@ def _describe_export(
         str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
     ).eval()
     pad_id = inner.config.get_text_config().pad_token_id
+    # The tokenizer as it will be loaded: a class may rebuild itself otherwise than it was saved.
+    reloaded = Rendering(load_tokenizer(str(folder)), control_tokens=rendering.control_tokens)
+    if _probe_sequences(reloaded) != sequences:
+        raise CheckpointError(
+            f"{folder}: the tokenizer, saved and loaded again, gives other token ids, so rewards would "
+            f"be wrong. {type(rendering.tokenizer).__name__} was trained with, and "
+            f"{type(reloaded.tokenizer).__name__} was loaded: pass that one as `processing_class`."
+        )
     rewards = _rewards(RewardModel(inner), sequences, pad_id)
     spread = statistics.pstdev(rewards)
     bounds = {"float32": 1e-5 * max(1.0, spread)}
@@ -255,7 +260,7 @@ def _describe_export(
         "dtype": stored_in,
         "pad_token_id": pad_id,
         "pooling": "last_token",
-        "rendering": rendering.describe(),
+        "rendering": reloaded.describe(),
         "training": dict(training),
         "rewards": [
             {"input_ids": ids, "reward": reward}

@@ -124,8 +124,8 @@ def stop_if_not_finite(worker: Worker, step: int) -> None:
 
 def stop_if_skipped(worker: Worker, step: int) -> None:
     """Raise where DeepSpeed left an update out, or made one, from a gradient that is not finite."""
-    norm = worker.engine.get_global_grad_norm()
-    finite = norm is None or math.isfinite(float(norm))
+    norm = worker.grad_norm()
+    finite = norm is None or math.isfinite(norm)
     if getattr(worker.engine.optimizer, "overflow", False) or not finite:
         raise NonFiniteError(
             f"step {step + 1}: the norm of the gradient is not finite. No checkpoint holds this "
@@ -184,7 +184,6 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
     values = worker.metrics.compute()
     worker.metrics.reset()
     state.num_tokens += int(values["num_tokens"])
-    norm = worker.engine.get_global_grad_norm()
     num_pairs = values.pop("num_pairs")
     if worker.session.rank == 0:
         record = {
@@ -192,7 +191,7 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
             "epoch": state.step / worker.plan.steps_per_epoch,
             **values,
             "num_tokens": state.num_tokens,
-            "grad_norm": None if norm is None else float(norm),
+            "grad_norm": worker.grad_norm(),
             "learning_rate": learning_rate,
             "pairs_per_second": num_pairs / clock.lap(),
         }

@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,9 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from raywards.errors import ConfigError, RowError
-from raywards.preferences import REASONS, RowRef, RowSet, encode_row, read_rows
+from raywards.preferences import REASONS, encode_row
 from raywards.rendering import Rendering
+from raywards.sources import RowRef, RowSet, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -198,10 +199,10 @@ def _encode(
 ) -> Iterator[_Encoded]:
     """Encoded chunks in the order of the rows, from this process or from `num_proc` others."""
     work = (
-        (rendering, settings, row_set.name, start, rows, margins)
+        (rendering, settings, refs, rows, margins)
         for row_set in row_sets
-        for margins in [_has_margins(row_set.rows)]
-        for start, rows in _chunks(row_set.rows)
+        for margins in [row_set.has_margin()]
+        for refs, rows in _chunks(row_set)
     )
     if num_proc <= 1:
         yield from (_encode_chunk(*task) for task in work)
@@ -220,18 +221,17 @@ def _encode(
 def _encode_chunk(
     rendering: Rendering,
     settings: EncodeSettings,
-    source: str,
-    start: int,
+    refs: list[RowRef],
     rows: list[Mapping[str, Any]],
     margin_required: bool,
 ) -> _Encoded:
     pairs: list[tuple[dict[str, Any], bool]] = []
     errors: list[RowError] = []
-    for row_number, row in enumerate(rows, start):
+    for where, row in zip(refs, rows, strict=True):
         try:
             pair = encode_row(
                 row,
-                RowRef(source, row_number),
+                where,
                 rendering,
                 max_length=settings.max_length,
                 truncation=settings.truncation,
@@ -245,22 +245,18 @@ def _encode_chunk(
             "rejected_ids": pair.rejected_ids,
             "margin": pair.margin,
             "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
-            "source": source,
-            "row": row_number,
+            "source": where.source,
+            "row": where.row,
         }
         pairs.append((encoded, isinstance(row.get("chosen"), list)))
     return pairs, errors
 
 
-def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, list[Mapping[str, Any]]]]:
-    iterator, start = iter(rows), 0
-    while chunk := list(itertools.islice(iterator, _ROWS_PER_CHUNK)):
-        yield start, chunk
-        start += len(chunk)
-
-
-def _has_margins(rows: Iterable[Mapping[str, Any]]) -> bool:
-    return any(row.get("margin") is not None for row in rows if isinstance(row, Mapping))
+def _chunks(row_set: RowSet) -> Iterator[tuple[list[RowRef], list[Mapping[str, Any]]]]:
+    iterator, start = iter(row_set.rows), 0
+    while rows := list(itertools.islice(iterator, _ROWS_PER_CHUNK)):
+        yield [row_set.where(start + i) for i in range(len(rows))], rows
+        start += len(rows)
 
 
 def _together(bad: list[RowError]) -> RowError:

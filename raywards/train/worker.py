@@ -20,12 +20,12 @@ import transformers
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
 
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
 from raywards.config import RewardConfig, RunPaths
-from raywards.errors import CheckpointError
+from raywards.errors import CheckpointError, NonFiniteError
 from raywards.loader import create_model_from_path
 from raywards.metrics import PairMetrics
 from raywards.model import RewardModel, disable_dropout
@@ -79,7 +79,37 @@ class Worker:
     plan: TrainPlan
     metrics: PairMetrics
     total_steps: int
+    clipper: Clipper | None = None
     state: State = field(default_factory=State)
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping."""
+        if self.clipper is not None:
+            return self.clipper.norm
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+
+class Clipper:
+    """Clips at stage 0 in fp32, where DeepSpeed clips but keeps the norm to itself.
+
+    Called by the optimizer at the start of its step, when the gradients are those of all ranks.
+    Raises `NonFiniteError` before the update.
+    """
+
+    def __init__(self, model: torch.nn.Module, max_norm: float) -> None:
+        self.norm: float | None = None
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._max_norm = max_norm if max_norm > 0 else math.inf
+
+    def __call__(self, *_: Any) -> None:
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        self.norm = float(norm)
+        if not math.isfinite(self.norm):
+            raise NonFiniteError(
+                "the norm of the gradient is not finite. The update was not applied. Lower "
+                "learning_rate, or set max_grad_norm."
+            )
 
 
 def build_worker(job: Job, session: Session) -> Worker:
@@ -116,11 +146,17 @@ def build_worker(job: Job, session: Session) -> Worker:
         num_training_steps=total_steps,
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )
+    clipper = None
+    if stage_of(settings) == 0 and not bf16:
+        clipper = Clipper(model, settings["gradient_clipping"])
+        settings["gradient_clipping"] = 0.0
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
     )
     engine.keeps_zero3_visible = keeps_zero3_visible
-    return Worker(job, session, engine, pairs, plan, PairMetrics(session.device), total_steps)
+    if clipper is not None:
+        optimizer.register_step_pre_hook(clipper)
+    return Worker(job, session, engine, pairs, plan, PairMetrics(session.device), total_steps, clipper)
 
 
 def load_model(job: Job) -> Any:
@@ -265,6 +301,8 @@ def export(worker: Worker) -> None:
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
     weights = dict(full_weights(inner, keep=rank == 0))
+    # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
+    unset_hf_deepspeed_config()
     if rank == 0:
         dtype = job.model_kwargs.get("dtype") or torch.float32
         stored = next(inner.parameters()).dtype if dtype == "auto" else _dtype(dtype)
