@@ -14,8 +14,9 @@ from tiny import chatml_tokenizer, llama_like_tokenizer, tiny_qwen2
 
 from raywards import preferences
 from raywards.errors import ConfigError, RowError
-from raywards.preferences import REASONS, Pair, RowRef, encode_row, read_rows
+from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
+from raywards.sources import RowRef, read_rows
 
 RENDERING = Rendering(chatml_tokenizer())
 WHERE = RowRef("pairs.jsonl", 17, 18)
@@ -387,6 +388,7 @@ def test_a_line_that_is_no_row_is_refused_with_its_number(name: str, tmp_path: P
     error = caught.value
     assert (error.source, error.row, error.line) == (path.name, row, line)  # type: ignore[attr-defined]
     assert error.reason == reason
+    assert reason in REASONS
     assert words in str(error)
     assert len(str(error)) < 600
 

@@ -1,6 +1,6 @@
 """Rows to prepared pairs on disk, once for the whole run: validated, encoded, with their lengths.
 
-A prepared folder holds Arrow shards that `datasets` memory-maps, and a `prepared.json` written last.
+A prepared folder holds Arrow shards that `datasets` maps, and a `prepared.json` written last.
 Its name carries a fingerprint of the rows, the rendering and the settings, so a run that is started
 again finds it, and changed data makes a new one.
 """

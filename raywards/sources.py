@@ -1,0 +1,333 @@
+"""Where rows come from: files, folders, saved datasets, the hub, to `RowSet`s.
+
+    source ─read_rows─► RowSet ─row─► encode_row (preferences.py)
+
+Each row keeps its place (`RowRef`), so that whoever refuses it can name file, row and line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeAlias
+
+from raywards.errors import ConfigError, RowError, did_you_mean
+
+Row: TypeAlias = Mapping[str, Any]
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class RowRef(NamedTuple):
+    """Where a row stands. `row` counts from 0; `line` counts from 1 and exists for line files."""
+
+    source: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        line = "" if self.line is None else f" (line {self.line})"
+        return f"{self.source} row {self.row}{line}"
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of one file or one dataset.
+
+    `rows` is a `datasets.Dataset` (memory-mapped: costs little memory) or, for JSON and JSONL, a
+    list of Python objects: several times the file's size in memory. Turn a JSON file of many
+    gigabytes into Parquet first.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    lines: Sequence[int] | None = None  # [rows]; the line of each row, for line files
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, row: int) -> RowRef:
+        return RowRef(self.name, row, None if self.lines is None else self.lines[row])
+
+    def has_margin(self) -> bool:
+        """Whether some row has a margin: then each row needs one. Reads no other column."""
+        if isinstance(self.rows, list):
+            return any(row.get("margin") is not None for row in self.rows)
+        dataset: Any = self.rows
+        if "margin" not in dataset.column_names:
+            return False
+        return any(row["margin"] is not None for row in dataset.select_columns(["margin"]))
+
+
+def read_rows(source: Any, *, split: str = "train") -> list[RowSet]:
+    """Open a source, or a list of sources, as sets of rows, in the order given.
+
+    A source is a `datasets.Dataset`, a `DatasetDict` (its `split`), a path or glob of .jsonl, .json
+    or .parquet files, a folder of such files, a folder written by `save_to_disk`, or a hub id. What
+    looks like a path is never looked up on the hub.
+
+    Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a line
+    that is not a JSON object.
+    """
+    several = isinstance(source, (list, tuple))
+    sources = source if several else [source]
+    if not sources:
+        raise ConfigError("The list of data sources is empty: name at least one.")
+    sets: list[RowSet] = []
+    for index, one in enumerate(sources):
+        sets += _open(one, split, f"dataset[{index}]" if several else "dataset")
+    for rows in sets:
+        if not len(rows):
+            raise ConfigError(f"{rows.name} has no rows: there is nothing to train on in it.")
+    return sets
+
+
+def refuse_row(
+    where: RowRef, field: str, reason: str, seen: str, expected: str, todo: str = ""
+) -> NoReturn:
+    """Raise the `RowError` of one field. `reason` is a key of `preferences.REASONS`."""
+    lines = [f"{where}: {field} {seen}", f"  expected: {expected}", f"  to do:    {todo}"]
+    raise RowError(
+        "\n".join(lines if todo else lines[:2]), **where._asdict(), field=field, reason=reason
+    )
+
+
+def show(value: object) -> str:
+    """`float 3.5`, `str 'some long te...text'`: kind and a short look."""
+    if value is None:
+        return "None"
+    return f"{type(value).__name__} {_short.repr(value)}"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+_short.maxlist = _short.maxdict = _short.maxlevel = 3
+
+
+def _open(source: Any, split: str, name: str) -> list[RowSet]:
+    if isinstance(source, (str, PathLike)):
+        return _open_name(source, split)
+    import datasets
+
+    if isinstance(source, datasets.Dataset):
+        # A torch or numpy format would hand out tensors where rows hold lists.
+        return [RowSet(name, source.with_format(None))]
+    if isinstance(source, datasets.DatasetDict):
+        return [RowSet(f"{name}[{split!r}]", _pick(source, split, name).with_format(None))]
+    if isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        raise ConfigError(
+            f"{name} is a {type(source).__name__}. Rows are encoded once, counted and shuffled "
+            "before training, and a stream has neither a length nor a place to come back to.\n"
+            "  to do: take what you need into a table:\n"
+            "         datasets.Dataset.from_list(list(stream.take(100_000)))"
+        )
+    hint = " A list of rows becomes a source with datasets.Dataset.from_list(rows)."
+    raise ConfigError(
+        f"{name} is {show(source)}; expected a datasets.Dataset or DatasetDict, a path, a folder "
+        f"or a hub id.{hint if isinstance(source, (Mapping, list, tuple)) else ''}"
+    )
+
+
+def _pick(splits: Mapping[str, Any], split: str, name: str) -> Any:
+    if split in splits:
+        return splits[split]
+    raise ConfigError(
+        f"{name} has no split {split!r}; it has {', '.join(map(repr, splits))}."
+        + did_you_mean(split, splits)
+    )
+
+
+def _open_name(source: str | PathLike[str], split: str) -> list[RowSet]:
+    text = fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _open_folder(path, split)
+    if path.is_file():
+        return [_open_file(path, path.name)]
+    if any(mark in text for mark in "*?["):
+        found = sorted(Path(match) for match in glob(str(path), recursive=True))
+        files = [file for file in found if file.is_file()]
+        if not files:
+            raise ConfigError(f"No file matches {text!r} (looked from {Path.cwd()}).")
+        return _open_files(files)
+    if "://" in text:
+        raise ConfigError(
+            f"{text!r} is a URL, which raywards does not read. Load it with "
+            "datasets.load_dataset and pass the Dataset, or mount or copy it and pass the path."
+        )
+    if isinstance(source, PathLike) or _looks_local(text):
+        _refuse_missing(text, path)
+    return [_open_hub(text, split)]
+
+
+def _looks_local(text: str) -> bool:
+    """A hub id is `name` or `owner/name`; all else can only have been meant as a path."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
+        return True
+    if Path(text).suffix in (*SUFFIXES, ".arrow", ".csv", ".tsv", ".txt", ".gz", ".zst"):
+        return True
+    return "/" in text and Path(text.split("/")[0]).exists()
+
+
+def _refuse_missing(text: str, path: Path) -> NoReturn:
+    folder = path.absolute().parent
+    message = f"There is no file or folder {text!r} (tried {path.absolute()})."
+    if not folder.is_dir():
+        known = next(parent for parent in folder.parents if parent.is_dir())
+        message += f" Its folder does not exist either; {known} does."
+    else:
+        message += did_you_mean(path.name, sorted(item.name for item in folder.iterdir()))
+    raise ConfigError(message)
+
+
+def _open_folder(folder: Path, split: str) -> list[RowSet]:
+    import datasets
+
+    table = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+    if table or (folder / "dataset_dict.json").is_file():
+        try:
+            saved = datasets.load_from_disk(str(folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{folder} is not a whole saved dataset: {error}") from error
+        name = folder.name
+        if isinstance(saved, datasets.DatasetDict):
+            return [RowSet(f"{name}[{split!r}]", _pick(saved, split, str(folder)))]
+        return [RowSet(name, saved.with_format(None))]
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix in SUFFIXES
+        and file.is_file()
+        and file.name not in ("dataset_info.json", "dataset_infos.json")
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    if not files:
+        raise ConfigError(
+            f"The folder {folder} holds no {', '.join(SUFFIXES)} file, and is no dataset saved by "
+            "save_to_disk."
+        )
+    return _open_files(_of_split(files, folder, split))
+
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """Where file names say which split they are, only those of `split`; else all of them."""
+
+    def words(file: Path) -> set[str]:
+        return set(re.split(r"[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower()))
+
+    wanted = {split, *_SPLITS.get(split, ())}
+    known = wanted.union(*_SPLITS.values())
+    if not any(words(file) & known for file in files):
+        return files
+    chosen = [file for file in files if words(file) & wanted]
+    if not chosen:
+        names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
+        raise ConfigError(
+            f"The folder {folder} has no file of the split {split!r}; it has {names}. "
+            "Name the split, or the files themselves."
+        )
+    return chosen
+
+
+def _open_files(files: Iterable[Path]) -> list[RowSet]:
+    """One set a file, named by as much of the path as tells them apart."""
+    files = list(files)
+    distinct = len({file.name for file in files}) == len(files)
+    return [_open_file(file, file.name if distinct else str(file)) for file in files]
+
+
+def _open_file(path: Path, name: str) -> RowSet:
+    if path.suffix == ".jsonl":
+        return _read_lines(path, name)
+    if path.suffix == ".json":
+        return _read_json(path, name)
+    if path.suffix == ".parquet":
+        import datasets
+
+        try:
+            return RowSet(name, datasets.Dataset.from_parquet(str(path)))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ConfigError(f"{path} is not a readable Parquet file: {error}") from error
+    raise ConfigError(
+        f"{path} has the suffix {path.suffix!r}; raywards reads {', '.join(SUFFIXES)}. Load other "
+        "formats with datasets.load_dataset and pass the Dataset."
+    )
+
+
+def _read_lines(path: Path, name: str) -> RowSet:
+    rows: list[Row] = []
+    lines: list[int] = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                where = RowRef(name, len(rows), number)
+                rows.append(_as_row(_parse(raw.rstrip(), where), where))
+                lines.append(number)
+    return RowSet(name, rows, lines)
+
+
+def _read_json(path: Path, name: str) -> RowSet:
+    """A list of rows. Files named .json that hold one object a line are common: those too."""
+    raw = path.read_bytes()
+    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        return _read_lines(path, name)
+    rows = _parse(raw, RowRef(name, 0))
+    return RowSet(name, [_as_row(row, RowRef(name, index)) for index, row in enumerate(rows)])
+
+
+def _parse(raw: bytes, where: RowRef) -> Any:
+    try:
+        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        seen = f"is not UTF-8: byte {raw[error.start]:#04x} at {error.start}"
+    except json.JSONDecodeError as error:
+        near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+        seen = f"is not JSON: {error.msg} at line {(where.line or 1) + error.lineno - 1}, "
+        seen += f"column {error.colno}, near {near!r}"
+    except (ValueError, RecursionError) as error:
+        seen = f"is not usable JSON: {error}"
+    expected = "one JSON object a line, or a list of objects (.json)"
+    refuse_row(where, "row", "not_json", seen, expected)
+
+
+def _as_row(value: Any, where: RowRef) -> Row:
+    if isinstance(value, dict):
+        return value
+    expected = 'an object such as {"chosen": "...", "rejected": "..."}'
+    refuse_row(where, "row", "not_object", f"is {show(value)}", expected)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in one object")
+    return row
+
+
+def _open_hub(name: str, split: str) -> RowSet:
+    import datasets
+
+    try:
+        return RowSet(name, datasets.load_dataset(name, split=split))
+    # The hub's client raises its own kinds beside these: all of them are OSError.
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"The dataset {name!r} (split {split!r}) could not be loaded from the hub, and there "
+            f"is no local file or folder {name!r} in {Path.cwd()}.\n  {type(error).__name__}: "
+            f"{str(error)[:300]}"
+        ) from error
