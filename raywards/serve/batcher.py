@@ -45,8 +45,8 @@ _MOST_OVERTAKEN = 8
 # eats what batching gains.
 _MOST_WASTE = 1.5
 _WASTE_TOKENS = 64
-# Weight of the last batch in the measured speed.
-_SPEED_MEMORY = 0.3
+# How fast the measured speed forgets.
+_FORGET_PER_BATCH = 0.1
 _RETRY_AFTER_S = (1.0, 60.0)
 
 
@@ -113,6 +113,8 @@ class Batcher:
         self._owner: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self._forward_started: float | None = None
+        self._recent_tokens = 0.0
+        self._recent_s = 0.0
 
     @property
     def healthy(self) -> bool:
@@ -377,18 +379,19 @@ class Batcher:
         if len(rewards) != len(unique):
             raise RuntimeError(f"{len(rewards)} rewards for {len(unique)} sequences")
         tokens = sum(map(len, unique.values()))
-        self._measure(tokens / max(seconds, 1e-6))
+        self._measure(tokens, seconds)
         self.stats.batches += 1
         self.stats.sequences += len(entries)
         self.stats.computed_sequences += len(unique)
         self.stats.tokens += tokens
         return dict(zip(unique, rewards, strict=True)), seconds
 
-    def _measure(self, tokens_per_s: float) -> None:
-        before = self.stats.tokens_per_s
-        self.stats.tokens_per_s = (
-            tokens_per_s if before is None else before + _SPEED_MEMORY * (tokens_per_s - before)
-        )
+    def _measure(self, tokens: int, seconds: float) -> None:
+        """Sums that fade, not a mean of speeds: a batch counts by its tokens."""
+        keep = 1 - _FORGET_PER_BATCH
+        self._recent_tokens = keep * self._recent_tokens + tokens
+        self._recent_s = keep * self._recent_s + seconds
+        self.stats.tokens_per_s = self._recent_tokens / max(self._recent_s, 1e-6)
 
     def _deliver(self, batch: list[_Entry], rewards: dict[bytes, float], seconds: float) -> None:
         computed: set[_Submission] = set()
