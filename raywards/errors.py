@@ -75,22 +75,30 @@ class NonFiniteError(TrainingError):
 
 
 class ServiceError(RaywardsError, RuntimeError):
-    """A scoring endpoint did not answer with rewards. Attributes: `status`, `request_id`."""
+    """A scoring endpoint did not answer with rewards.
 
-    status: int | None = None
-    request_id: str | None = None
+    Attributes, each None where it is not known: `status` (HTTP), `code`, `request_id`, `field` (of
+    the request), `retry_after_s`. They are set on the instance: Ray wraps an error that crosses
+    processes in a class of its own, where a default of the class would hide them.
+    """
+
+    status: int | None
+    code: str | None
+    request_id: str | None
+    field: str | None
+    retry_after_s: float | None
+
+    def __init__(self, message: str, **details: Any) -> None:
+        unknown = dict.fromkeys(("status", "code", "request_id", "field", "retry_after_s"))
+        super().__init__(message, **{**unknown, **details})
 
 
 class RequestRefusedError(ServiceError):
-    """The endpoint refused the request: sending it again will not help. Attribute: `field`."""
-
-    field: str | None = None
+    """The endpoint refused the request: sending it again will not help."""
 
 
 class OverloadedError(ServiceError):
-    """The endpoint is full, starting or draining. Attribute: `retry_after_s`."""
-
-    retry_after_s: float | None = None
+    """The endpoint is full, starting or draining; `retry_after_s` says when to come back."""
 
 
 class DeadlineError(ServiceError, TimeoutError):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -42,6 +43,8 @@ _CONFIG_KWARGS = (
 def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: Any) -> Any:
     """The pretrained model in `model_id`, a local folder or a hub id.
 
+    `docs/loader.md` has the contract as a table.
+
     Args:
         model_id: Folder with a `config.json`, or a hub id.
         architecture: A transformers class with `from_pretrained`, such as
@@ -52,12 +55,14 @@ def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: An
             `num_labels` is 1 for a sequence classifier.
 
     Raises:
-        ValueError: `dtype` is none of the above (TRL's wording).
+        ConfigError: `dtype` is none of the above (TRL's wording), or `device_map` under ZeRO-3.
         ModelError: There is no model here, its class is not known, it needs remote code, or its
             head is not that of a reward model.
     """
-    kwargs["dtype"] = _resolve_dtype(kwargs.pop("torch_dtype", None), kwargs)
+    model_id = _resolve_path(model_id)
+    kwargs["dtype"] = _pop_dtype(kwargs)
     _resolve_device_map(kwargs)
+    kwargs.setdefault("trust_remote_code", False)  # unset, transformers asks at the terminal
     config = _load_config(model_id, kwargs)
     if architecture is None:
         architecture = _infer_architecture(model_id, config)
@@ -72,7 +77,8 @@ def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: An
 
 def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> None:
     """Raise what `create_model_from_path` would for a reward model, from the config alone."""
-    _resolve_dtype(kwargs.get("torch_dtype"), dict(kwargs))
+    model_id = _resolve_path(model_id)
+    _pop_dtype(dict(kwargs))
     _check_labels(model_id, _load_config(model_id, kwargs), 1)
 
 
@@ -89,6 +95,7 @@ def load_tokenizer(
     Raises `ModelError` where there is no tokenizer, `ConfigError` for an `eos_token` outside the
     vocabulary or a `chat_template_path` without a template.
     """
+    model_id = _resolve_path(model_id)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model_id, revision=revision, trust_remote_code=trust_remote_code
@@ -120,13 +127,34 @@ def is_distributed() -> bool:
     return hf_deepspeed.deepspeed_config() is not None
 
 
-def _resolve_dtype(torch_dtype: Any, kwargs: dict[str, Any]) -> Any:
+def _resolve_path(model_id: str | os.PathLike[str]) -> str:
+    """A folder that exists, `~` spelled out, or a hub id."""
+    text = os.fspath(model_id)
+    path = Path(text).expanduser()
+    if path.is_file():
+        raise ModelError(f"{text}: is a file. Give the folder that holds the model: {path.parent}")
+    if path.is_dir() and text:
+        return str(path)
+    if not text or text.startswith((".", "/", "~")):
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = did_you_mean(path.name, [sibling.name for sibling in siblings])
+        raise ModelError(f"{text or repr(text)}: there is no such folder.{near}")
+    return text
+
+
+def _pop_dtype(kwargs: dict[str, Any]) -> Any:
     # `torch_dtype` is the older name; TRL drops it silently, which loads fp32.
-    if torch_dtype is not None and kwargs.get("dtype") not in (None, torch_dtype):
+    given = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+    dtypes = [_checked_dtype(value) for value in given.values()] or [torch.float32]
+    if dtypes[0] != dtypes[-1]:
         raise ConfigError(
-            f"dtype={kwargs['dtype']!r} and torch_dtype={torch_dtype!r} disagree; give `dtype` alone."
+            " and ".join(f"{name}={value!r}" for name, value in given.items())
+            + " disagree; give `dtype` alone."
         )
-    dtype = kwargs.get("dtype", "float32") if torch_dtype is None else torch_dtype
+    return dtypes[0]
+
+
+def _checked_dtype(dtype: Any) -> Any:
     if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
         return dtype
     if isinstance(dtype, str) and dtype in _DTYPE_NAMES:
@@ -153,27 +181,19 @@ def _resolve_device_map(kwargs: dict[str, Any]) -> None:
 
 
 def _load_config(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfig:
-    looks_local = model_id.startswith((".", "/", "~")) or os.sep * 2 in model_id
-    if looks_local or Path(model_id).is_dir():
-        folder = Path(model_id).expanduser()
-        if not folder.is_dir():
-            near = did_you_mean(folder.name, _siblings(folder))
-            raise ModelError(f"{model_id}: there is no such folder.{near}")
-        if not (folder / kwargs.get("subfolder", "") / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise ModelError(
-                f"{model_id}: is not a model folder: it has no config.json (it has {found}). Give "
-                "the folder that `save_pretrained` or raywards' export wrote."
-            )
-    shared = {name: kwargs[name] for name in _CONFIG_KWARGS if name in kwargs}
+    folder = Path(model_id)
+    if folder.is_dir() and not (folder / kwargs.get("subfolder", "") / "config.json").is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"{model_id}: is not a model folder: it has no config.json (it has {found}). Give "
+            "the folder that `save_pretrained` or raywards' export wrote."
+        )
+    shared = {"trust_remote_code": False}
+    shared |= {name: kwargs[name] for name in _CONFIG_KWARGS if name in kwargs}
     try:
         return AutoConfig.from_pretrained(model_id, **shared)
     except (OSError, ValueError) as error:
         raise _load_error(model_id, error) from error
-
-
-def _siblings(folder: Path) -> list[str]:
-    return [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
 
 
 def _infer_architecture(model_id: str, config: PretrainedConfig) -> Any:
@@ -220,7 +240,7 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 def _from_pretrained(architecture: Any, model_id: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     try:
         model, info = architecture.from_pretrained(model_id, output_loading_info=True, **kwargs)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _load_error(model_id, error) from error
     return model, sorted(info["missing_keys"])
 
