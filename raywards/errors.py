@@ -77,19 +77,18 @@ class NonFiniteError(TrainingError):
 class ServiceError(RaywardsError, RuntimeError):
     """A scoring endpoint did not answer with rewards.
 
-    Attributes, each None where it is not known: `status` (HTTP), `code`, `request_id`, `field` (of
-    the request), `retry_after_s`. They are set on the instance: Ray wraps an error that crosses
+    Attributes, each None where it is not known: `status` (HTTP), `request_id`, `field` (of the
+    request), `retry_after_s`. They are set on the instance: Ray wraps an error that crosses
     processes in a class of its own, where a default of the class would hide them.
     """
 
     status: int | None
-    code: str | None
     request_id: str | None
     field: str | None
     retry_after_s: float | None
 
     def __init__(self, message: str, **details: Any) -> None:
-        unknown = dict.fromkeys(("status", "code", "request_id", "field", "retry_after_s"))
+        unknown = dict.fromkeys(("status", "request_id", "field", "retry_after_s"))
         super().__init__(message, **{**unknown, **details})
 
 
