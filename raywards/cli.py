@@ -68,7 +68,7 @@ def train(argv: list[str]) -> None:
     }
     config.model_init_kwargs = {**{k: v for k, v in asked.items() if v is not None}, **given}
 
-    from raywards.sources import read_split
+    from raywards.sources import read_rows
     from raywards.train.trainer import RewardTrainer
 
     held_out = None
@@ -76,11 +76,11 @@ def train(argv: list[str]) -> None:
         names, split = job.dataset_name, job.dataset_test_split
         if job.eval_dataset_name is not None:
             names, split = job.eval_dataset_name, job.dataset_train_split
-        held_out = read_split(names, split=split, config=job.dataset_config)
+        held_out = read_rows(names, split=split, config=job.dataset_config)
     trainer = RewardTrainer(
         model=job.model_name_or_path,
         args=config,
-        train_dataset=read_split(
+        train_dataset=read_rows(
             job.dataset_name, split=job.dataset_train_split, config=job.dataset_config
         ),
         eval_dataset=held_out,

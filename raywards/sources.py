@@ -65,12 +65,13 @@ class RowSet:
         return any(row["margin"] is not None for row in dataset.select_columns(["margin"]))
 
 
-def read_rows(source: Any, *, split: str = "train") -> list[RowSet]:
+def read_rows(source: Any, *, split: str = "train", config: str | None = None) -> list[RowSet]:
     """Open a source, or a list of sources, as sets of rows, in the order given.
 
     A source is a `datasets.Dataset`, a `DatasetDict` (its `split`), a path or glob of .jsonl, .json
     or .parquet files, a folder of such files, a folder written by `save_to_disk`, or a hub id. What
-    looks like a path is never looked up on the hub.
+    looks like a path is never looked up on the hub; `config` names the configuration of a dataset
+    there. A `RowSet` is taken as it is.
 
     Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a line
     that is not a JSON object.
@@ -81,7 +82,7 @@ def read_rows(source: Any, *, split: str = "train") -> list[RowSet]:
         raise ConfigError("The list of data sources is empty: name at least one.")
     sets: list[RowSet] = []
     for index, one in enumerate(sources):
-        sets += _open(one, split, f"dataset[{index}]" if several else "dataset")
+        sets += _open(one, split, f"dataset[{index}]" if several else "dataset", config)
     for rows in sets:
         if not len(rows):
             raise ConfigError(f"{rows.name} has no rows: there is nothing to train on in it.")
@@ -110,9 +111,11 @@ _short.maxstring = _short.maxother = 60
 _short.maxlist = _short.maxdict = _short.maxlevel = 3
 
 
-def _open(source: Any, split: str, name: str) -> list[RowSet]:
+def _open(source: Any, split: str, name: str, config: str | None) -> list[RowSet]:
+    if isinstance(source, RowSet):
+        return [source]
     if isinstance(source, (str, PathLike)):
-        return _open_name(source, split)
+        return _open_name(source, split, config)
     import datasets
 
     if isinstance(source, datasets.Dataset):
@@ -143,7 +146,7 @@ def _pick(splits: Mapping[str, Any], split: str, name: str) -> Any:
     )
 
 
-def _open_name(source: str | PathLike[str], split: str) -> list[RowSet]:
+def _open_name(source: str | PathLike[str], split: str, config: str | None) -> list[RowSet]:
     text = fspath(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -163,7 +166,7 @@ def _open_name(source: str | PathLike[str], split: str) -> list[RowSet]:
         )
     if isinstance(source, PathLike) or _looks_local(text):
         _refuse_missing(text, path)
-    return [_open_hub(text, split)]
+    return [_open_hub(text, split, config)]
 
 
 def _looks_local(text: str) -> bool:
@@ -319,11 +322,11 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _open_hub(name: str, split: str) -> RowSet:
+def _open_hub(name: str, split: str, config: str | None) -> RowSet:
     import datasets
 
     try:
-        return RowSet(name, datasets.load_dataset(name, split=split))
+        return RowSet(name, datasets.load_dataset(name, config, split=split))
     # The hub's client raises its own kinds beside these: all of them are OSError.
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ConfigError(
