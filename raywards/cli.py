@@ -10,15 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from raywards.config import (
-    RewardConfig,
-    ScoreConfig,
-    ServeConfig,
-    TrainJob,
-    help_text,
-    read_settings,
-)
+from raywards.config import RewardConfig, ScoreConfig, ServeConfig, TrainJob
 from raywards.errors import RaywardsError, did_you_mean
+from raywards.settings import help_text, read_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,19 +2,18 @@
 
 Every field has one docstring, which is its only documentation: `--help` and the reference in
 `docs/` are made from it. Names are TRL's and transformers' wherever the thing is theirs. Nothing
-here imports torch, ray or transformers, so a typo is answered at once.
+here imports torch, ray or transformers, so a typo is answered at once. `settings.py` reads YAML and
+flags into these classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,12 +23,11 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.dataclasses import dataclass, is_pydantic_dataclass
+from pydantic.dataclasses import dataclass
 
-from raywards.errors import ConfigError, did_you_mean
-from raywards.trl_fields import REFUSED
-
-T = TypeVar("T")
+from raywards.errors import ConfigError
+from raywards.settings import check_names, describe, field_names, read_mapping
+from raywards.trl_fields import REFUSED, Refused
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -45,6 +43,8 @@ Mapped = dict[str, Any] | str | None
 )
 class RewardConfig:
     """Settings of one training run, named as in TRL's `RewardConfig` where the thing is TRL's."""
+
+    refused: ClassVar[Mapping[str, Refused]] = REFUSED
 
     output_dir: str | None = None
     """Run folder: checkpoints, prepared data, `metrics.jsonl`, TensorBoard files and `export/`.
@@ -91,7 +91,7 @@ class RewardConfig:
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Steps of warm-up; below 1 it is a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay, on matrices only: biases and norms are left out, as in transformers."""
+    """Decoupled weight decay, on matrices only: not on biases and norms, as in transformers."""
     adam_beta1: Share = 0.9
     """AdamW's first beta."""
     adam_beta2: Share = 0.999
@@ -160,7 +160,7 @@ class RewardConfig:
     """Upload the export when training ends."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the last part of `output_dir`."""
-    hub_token: Annotated[str | None, Field(repr=False)] = None
+    hub_token: str | None = Field(default=None, repr=False)
     """Token for the upload."""
     hub_private_repo: bool | None = None
     """Make the repository private."""
@@ -183,7 +183,7 @@ class RewardConfig:
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failed attempts after which the run gives up; each starts again from the last checkpoint.
     -1: never gives up."""
-    deepspeed: Mapped = "2"
+    deepspeed: dict[str, Any] | str | int | None = "2"
     """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in."""
     ddp_timeout: Positive = 1800
     """Seconds after which a collective operation is taken to hang."""
@@ -212,12 +212,7 @@ class RewardConfig:
     )
     @classmethod
     def _json_mapping(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        parsed = yaml.safe_load(value)
-        if not isinstance(parsed, dict):
-            raise ValueError(f'expected a mapping such as {{"key": value}}, got {value!r}')
-        return parsed
+        return read_mapping(value) if isinstance(value, str) else value
 
     @field_validator("max_steps")
     @classmethod
@@ -271,6 +266,12 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise ConfigError(describe(error, type(self))) from None
 
 
 class ServeConfig(_Frozen):
@@ -406,154 +407,6 @@ class TrainJob(_Frozen):
         return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
-# ---------------------------------------------------------------- reading YAML files and flags
-
-
-def read_settings(argv: Sequence[str], classes: Sequence[type[Any]]) -> list[Any]:
-    """Instances of `classes` from `--config FILE.yaml` and `--field value` flags; flags win.
-
-    A key belongs to the first class that has a field of its name. Raises `ConfigError` for a key
-    or flag that no class knows, and for a value that its field refuses.
-    """
-    flags = _read_flags(argv, classes)
-    config_file = flags.pop("config", None)
-    settings = {**(_read_yaml(config_file) if config_file else {}), **flags}
-    known = {name: cls for cls in reversed(classes) for name in field_names(cls)}
-    shares: dict[type[Any], dict[str, Any]] = {cls: {} for cls in classes}
-    for name, value in settings.items():
-        if name not in known:
-            check_names(RewardConfig if RewardConfig in classes else classes[0], {name}, known)
-            continue  # a setting of TRL's at the value that raywards has anyway
-        shares[known[name]][name] = value
-    return [build(cls, share) for cls, share in shares.items()]
-
-
-def build(cls: Callable[..., T], settings: Mapping[str, Any]) -> T:
-    """`cls(**settings)`, with pydantic's findings told as one `ConfigError`."""
-    try:
-        return cls(**settings)
-    except ValidationError as error:
-        raise ConfigError(describe(error, cls)) from None
-
-
-def describe(error: ValidationError, cls: Any) -> str:
-    """A screenful that names each refused field, the value seen, and what is expected."""
-    lines = []
-    for finding in error.errors(include_url=False)[:10]:
-        path = ".".join(str(part) for part in finding["loc"]) or cls.__name__
-        if finding["type"] in (
-            "extra_forbidden",
-            "unexpected_keyword_argument",
-            "no_such_attribute",
-        ):
-            lines.append(f"{path}: no such setting.{did_you_mean(path, field_names(cls))}")
-        elif finding["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
-            lines.append(f"{path}: is required, and was not given.")
-        else:
-            reason = finding["msg"].removeprefix("Value error, ")
-            seen = finding["input"]
-            shown = f" (got {seen!r:.80})" if finding["type"] != "value_error" else ""
-            lines.append(f"{path}: {reason}{shown}")
-    return f"{cls.__name__}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)
-
-
-def field_names(cls: Any) -> list[str]:
-    """Names of the settings of a config class."""
-    if is_pydantic_dataclass(cls):
-        return [field.name for field in dataclasses.fields(cls)]
-    return list(cls.model_fields)
-
-
-def check_names(cls: Any, names: Iterable[str], known: Iterable[str] | None = None) -> None:
-    """Refuse every name that `cls` does not have: TRL's with what to use instead, others as typos."""
-    options = set(known if known is not None else field_names(cls))
-    for name in names:
-        if name in options:
-            continue
-        if cls is RewardConfig and name in REFUSED:
-            raise ConfigError(
-                f"{name}: raywards does not support this setting of TRL. {REFUSED[name].instead}"
-            )
-        raise ConfigError(f"{name}: no such setting.{did_you_mean(name, options)}")
-
-
-def help_text(classes: Sequence[type[Any]]) -> str:
-    """The `--help` of a job: every flag with its default and docstring."""
-    lines = ["  --config FILE", "      YAML file with any of the settings below; flags win."]
-    for cls in classes:
-        lines += ["", f"{cls.__name__}: {(cls.__doc__ or '').splitlines()[0]}"]
-        for name, field in _fields(cls).items():
-            default = "required" if field.is_required() else f"default {field.default!r}"
-            lines.append(f"  --{name}  ({default})")
-            lines.append("      " + " ".join((field.description or "").split()))
-    return "\n".join(lines)
-
-
-def _fields(cls: Any) -> dict[str, Any]:
-    if is_pydantic_dataclass(cls):
-        return dict(cls.__pydantic_fields__)
-    return dict(cls.model_fields)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path}: not valid YAML: {error}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        kind = type(settings).__name__
-        raise ConfigError(
-            f"--config {path}: expected `name: value` lines at the top, got a {kind}."
-        )
-    return {str(name): value for name, value in settings.items()}
-
-
-def _read_flags(argv: Sequence[str], classes: Sequence[type[Any]]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, or `--name` alone for true. Dashes and underscores are one."""
-    switches = {
-        n for cls in classes for n, f in _fields(cls).items() if "bool" in str(f.annotation)
-    }
-    flags: dict[str, Any] = {}
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            raise ConfigError(
-                f"{word!r}: expected a flag such as --learning_rate 1e-4; see --help."
-            )
-        name, equals, text = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if equals:
-            flags[name] = _flag_value(text)
-        elif words and not words[0].startswith("--"):
-            flags[name] = _flag_value(words.pop(0))
-        elif name in switches or name in REFUSED:
-            flags[name] = True
-        else:
-            known = ["config", *(n for cls in classes for n in field_names(cls))]
-            hint = "expected a value after it." if name in known else "no such setting."
-            raise ConfigError(
-                f"--{name}: {hint}{did_you_mean(name, known) if name not in known else ''}"
-            )
-    return flags
-
-
-def _flag_value(text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    if text[:1] in "[{":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
-    return text
-
-
 # ---------------------------------------------------------------- RewardConfig as a dataclass
 
 
@@ -563,12 +416,13 @@ def _speak_plainly() -> None:
     A pydantic dataclass reports an unknown keyword before any validator of ours can look at it, so
     the constructor is wrapped rather than extended.
     """
+    fields = field_names(RewardConfig)
     validated_init = RewardConfig.__init__
     validated_setattr = RewardConfig.__setattr__
 
     def __init__(self: RewardConfig, **settings: Any) -> None:
         ours = {n: v for n, v in settings.items() if not _is_neutral(n, v)}
-        check_names(RewardConfig, ours)
+        check_names(ours, fields, REFUSED)
         try:
             validated_init(self, **ours)
         except ValidationError as error:
@@ -580,7 +434,7 @@ def _speak_plainly() -> None:
         if not name.startswith("__pydantic"):
             if _is_neutral(name, value):
                 return
-            check_names(RewardConfig, {name})
+            check_names({name}, fields, REFUSED)
         try:
             validated_setattr(self, name, value)
         except ValidationError as error:
@@ -607,6 +461,9 @@ def as_dict(config: RewardConfig) -> dict[str, Any]:
     """The settings as plain values, without the hub token: for files and worker processes."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     values.pop("hub_token")
+    loading = values["model_init_kwargs"] or {}
+    if "token" in loading:
+        values["model_init_kwargs"] = {k: v for k, v in loading.items() if k != "token"}
     return values
 
 

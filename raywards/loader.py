@@ -1,8 +1,8 @@
 """Model and tokenizer from a folder or hub id: `create_model_from_path`, `load_tokenizer`.
 
 Keeps the contract of TRL's function of the same name, and closes its gaps: the distributed backend
-is seen wherever it comes from, `revision` reaches the config, `torch_dtype` is honoured, a head that
-is missing or has two labels is told apart from one that is new. It knows neither Ray nor data.
+is seen wherever it comes from, `revision` reaches the config, `torch_dtype` is honoured, a head
+that is missing or has two labels is told apart from one that is new. It knows neither Ray nor data.
 """
 
 from __future__ import annotations
@@ -63,13 +63,15 @@ def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: An
     kwargs["dtype"] = _pop_dtype(kwargs)
     _resolve_device_map(kwargs)
     kwargs.setdefault("trust_remote_code", False)  # unset, transformers asks at the terminal
-    config = _load_config(model_id, kwargs)
+    config = kwargs.get("config") or _load_config(model_id, kwargs)
     if architecture is None:
         architecture = _infer_architecture(model_id, config)
     if not architecture.__name__.endswith("ForSequenceClassification"):
         return _from_pretrained(architecture, model_id, kwargs)[0]
 
-    _check_labels(model_id, config, kwargs.setdefault("num_labels", 1))
+    if "config" not in kwargs:  # beside a config, transformers would hand it to the model's init
+        kwargs.setdefault("num_labels", 1)
+    _check_labels(model_id, config, kwargs.get("num_labels", config.num_labels))
     model, missing = _from_pretrained(architecture, model_id, kwargs)
     _check_head(model_id, config, missing)
     return model
@@ -102,6 +104,9 @@ def load_tokenizer(
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"{model_id}: no tokenizer can be loaded: {_first_line(error)}") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+        # What transformers makes from a config alone, where the tokenizer's files are missing.
+        raise ModelError(f"{model_id}: no tokenizer is there: its vocabulary is empty.")
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ConfigError(
@@ -225,8 +230,8 @@ def _check_labels(model_id: str, config: PretrainedConfig, num_labels: int) -> N
         story = ""
         if config.num_labels == 2:
             story = (
-                " TRL 0.26 to 0.28 trained such heads when they were given a causal language model: "
-                "train again from that language model, with TRL 0.29 or later or with raywards."
+                " TRL 0.26 to 0.28 trained such heads when they were given a causal language "
+                "model: train again from that language model, with TRL 0.29 or later or raywards."
             )
         raise ModelError(
             f"{model_id}: its head has {config.num_labels} labels; a reward model has one.{story}"
@@ -250,9 +255,9 @@ def _check_head(model_id: str, config: PretrainedConfig, missing: list[str]) -> 
         return
     if _is_classifier(config):
         raise ModelError(
-            f"{model_id}: is a finished classifier whose weights lack {', '.join(missing[:4])}. A head "
-            "made up now would give rewards that mean nothing. Was it saved as another class, or "
-            "were LoRA weights merged without `modules_to_save=['score']`?"
+            f"{model_id}: is a finished classifier whose weights lack {', '.join(missing[:4])}. A "
+            "head made up now would give rewards that mean nothing. Was it saved as another class, "
+            "or were LoRA weights merged without `modules_to_save=['score']`?"
         )
     logger.warning(
         "%s: the reward head (%s) is new: drawn at random under seed %d. Train it before use.",

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 # From the lowest layer to the highest. Modules of one layer do not import each other.
 LAYERS = [
     ["errors", "trl_fields"],
+    ["settings"],
     ["config", "schemas", "conversation", "sources"],
     ["client", "control_tokens", "packing", "serve.batcher"],
     ["rendering", "attention"],
@@ -43,7 +44,7 @@ LAYERS = [
     ["__main__"],
 ]
 SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
-LIGHT = ["errors", "trl_fields", "config", "schemas", "client"]
+LIGHT = ["errors", "trl_fields", "settings", "config", "schemas", "client"]
 HEAVY = {"torch", "ray", "transformers"}
 
 

@@ -440,20 +440,20 @@ def test_a_hub_id_is_loaded_with_its_split(monkeypatch: pytest.MonkeyPatch) -> N
     table = datasets.Dataset.from_list([STANDARD])
     calls = []
 
-    def load(name: str, *, split: str) -> datasets.Dataset:
-        calls.append((name, split))
+    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
+        calls.append((name, config, split))
         return table
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    (found,) = read_rows("trl-lib/ultrafeedback_binarized", split="test")
-    assert calls == [("trl-lib/ultrafeedback_binarized", "test")]
+    (found,) = read_rows("trl-lib/ultrafeedback_binarized", split="test", config="en")
+    assert calls == [("trl-lib/ultrafeedback_binarized", "en", "test")]
     assert (found.name, len(found)) == ("trl-lib/ultrafeedback_binarized", 1)
 
 
 def test_a_hub_id_that_cannot_be_loaded_says_that_no_file_has_that_name_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def load(name: str, *, split: str) -> datasets.Dataset:
+    def load(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load)

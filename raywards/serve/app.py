@@ -29,7 +29,6 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from raywards import config as settings
 from raywards import errors
 from raywards.client import RewardClient
 from raywards.config import ServeConfig
@@ -91,7 +90,7 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
     """The Serve application of one reward model. Raises `ConfigError`."""
     from ray import serve
 
-    config = args if isinstance(args, ServeConfig) else settings.build(ServeConfig, args)
+    config = args if isinstance(args, ServeConfig) else ServeConfig(**args)
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=config.max_ongoing_requests,
