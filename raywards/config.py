@@ -119,7 +119,7 @@ class RewardConfig:
 
     # ---- data (TRL, and what TRL lacks)
     max_length: Positive | None = 1024
-    """Longest sequence in tokens; `truncation` says what happens to a longer one. None: no limit."""
+    """Longest sequence in tokens; `truncation` says what becomes of longer ones. None: no limit."""
     truncation: Literal["drop", "left", "right"] = "drop"
     """A pair with a side over `max_length` is dropped and counted (TRL), or each long side is cut
     on the left (the end is kept) or on the right."""
@@ -169,7 +169,7 @@ class RewardConfig:
     num_workers: NotNegative = 1
     """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU."""
     use_gpu: bool | None = None
-    """One GPU a worker. Default: where the cluster has any. `use_cpu=True` is TRL's way to say no."""
+    """One GPU a worker. Default: where the cluster has any. `use_cpu=True`, TRL's name, says no."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     resources_per_worker: Mapped = None
@@ -379,13 +379,13 @@ class ScoreConfig(_Frozen):
 
 
 class TrainJob(_Frozen):
-    """What to train on: flags of `jobs/train.py` beside those of `RewardConfig`, named as in TRL."""
+    """What to train on: flags of `jobs/train.py` beside `RewardConfig`'s, named as in TRL."""
 
     model_name_or_path: str
     """Model to start from: a folder or a hub id."""
     dataset_name: list[str]
-    """Training rows: a hub id, a JSONL, JSON or Parquet file, or a saved dataset folder; or several,
-    with commas between."""
+    """Training rows: a hub id, a JSONL, JSON or Parquet file, or a saved dataset folder; or
+    several, with commas between."""
     dataset_config: str | None = None
     """Configuration of a hub dataset."""
     dataset_train_split: str = "train"
@@ -393,7 +393,7 @@ class TrainJob(_Frozen):
     eval_dataset_name: list[str] | None = None
     """Held-out rows, if not a split of `dataset_name`."""
     dataset_test_split: str = "test"
-    """Split to evaluate on, where `dataset_name` has splits and `eval_dataset_name` is not given."""
+    """Split to evaluate on, where `eval_dataset_name` is not given."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Precision in which weights are loaded and exported. Default: float32."""
     model_revision: str | None = None
@@ -442,13 +442,14 @@ def _speak_plainly() -> None:
 
     RewardConfig.__init__ = __init__  # type: ignore[method-assign]
     RewardConfig.__setattr__ = __setattr__  # type: ignore[method-assign, assignment]
-    for field in dataclasses.fields(RewardConfig):  # type: ignore[arg-type]
-        text = RewardConfig.__pydantic_fields__[field.name].description or ""  # type: ignore[attr-defined]
+    described: Mapping[str, Any] = RewardConfig.__pydantic_fields__  # type: ignore[attr-defined]
+    for field in dataclasses.fields(RewardConfig):
+        text = described[field.name].description or ""
         field.metadata = types.MappingProxyType({"help": " ".join(text.split()).replace("%", "%%")})
 
 
 def _is_neutral(name: str, value: Any) -> bool:
-    """True where a TRL setting that we refuse has the value that means what raywards does anyway."""
+    """Whether a TRL setting that we refuse has the value that means what raywards does anyway."""
     return name in REFUSED and value in REFUSED[name].neutral
 
 
@@ -459,7 +460,7 @@ def freeze(config: RewardConfig) -> None:
 
 def as_dict(config: RewardConfig) -> dict[str, Any]:
     """The settings as plain values, without the hub token: for files and worker processes."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     values.pop("hub_token")
     loading = values["model_init_kwargs"] or {}
     if "token" in loading:

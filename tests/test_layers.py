@@ -31,16 +31,16 @@ LAYERS = [
     ["scorer"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog"),
-        *("serve.dialects", "batch_score", "evaluate"),
+        *("serve.dialects", "score_file", "batch_score", "evaluate"),
     ],
     ["train.worker", "serve.dialects.*"],
     ["train.loop"],
     ["train.trainer", "serve.replica"],
     ["serve.app"],
     ["train", "serve"],
+    ["__init__"],
     ["quickstart"],
     ["cli"],
-    ["__init__"],
     ["__main__"],
 ]
 SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
