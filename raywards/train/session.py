@@ -5,6 +5,7 @@ Two kinds of surroundings with the same four verbs: a Ray Train worker group, an
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -107,16 +108,17 @@ class LocalSession:
         self.send = send
         self._run, self._explicit, self._keep = run, explicit, keep
 
-    @contextlib.contextmanager
-    def process_group(self, timeout_s: int) -> Iterator[None]:
-        """A process group of one, which DeepSpeed asks for. One that is there already is used."""
+    def join_process_group(self, timeout_s: int) -> None:
+        """Make the process group of one that DeepSpeed asks for, unless there is one already.
+
+        It stays until the process ends: DeepSpeed keeps references to it, and a second run in the
+        same notebook would fail on a new one.
+        """
+        # DeepSpeed reads these even where the group exists.
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
         if torch.distributed.is_initialized():
-            yield
             return
-        # DeepSpeed reads these even though the group exists.
-        defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        added = {name: value for name, value in defaults.items() if name not in os.environ}
-        os.environ.update(added)
         torch.distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=torch.distributed.HashStore(),
@@ -124,12 +126,7 @@ class LocalSession:
             world_size=1,
             timeout=timedelta(seconds=timeout_s),
         )
-        try:
-            yield
-        finally:
-            torch.distributed.destroy_process_group()
-            for name in added:
-                os.environ.pop(name, None)
+        atexit.register(torch.distributed.destroy_process_group)
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:

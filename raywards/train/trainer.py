@@ -165,6 +165,11 @@ class RewardTrainer:
         use_gpu = self._use_gpu()
         # What a worker would refuse is refused here, before anything is written or started.
         zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
+        if self._evaluates and self.eval_dataset is None:
+            raise ConfigError(
+                f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and none was given "
+                "to RewardTrainer."
+            )
         self._check_model()
         job = self._prepare_job()
         build_ops(say=lambda text, *values: self.accelerator.print(text % values))
@@ -261,6 +266,10 @@ class RewardTrainer:
     def _bf16(self) -> bool:
         return True if self.args.bf16 is None else self.args.bf16
 
+    @property
+    def _evaluates(self) -> bool:
+        return self.args.eval_strategy != "no" or self.args.eval_on_start
+
     def _use_gpu(self) -> bool:
         if self.args.use_cpu:
             if self.args.use_gpu:
@@ -297,14 +306,7 @@ class RewardTrainer:
             name="train", num_proc=num_proc,
         )  # fmt: skip
         self._report_dropped("train", pairs)
-        evals = {}
-        if self.args.eval_strategy != "no" or self.args.eval_on_start:
-            if self.eval_dataset is None:
-                raise ConfigError(
-                    f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and none was "
-                    "given to RewardTrainer."
-                )
-            evals = self._prepare_evals(self.eval_dataset, "eval")
+        evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
         identity = self._claim_run_folder(pairs)
         model = self._model
         if not isinstance(model, str) and self.args.num_workers > 0:
@@ -395,8 +397,8 @@ class RewardTrainer:
             keep=self.args.save_total_limit,
             use_gpu=use_gpu,
         )
-        with session.process_group(self.args.ddp_timeout):
-            train(job, session)
+        session.join_process_group(self.args.ddp_timeout)
+        train(job, session)
 
     def _train_on_ray(self, job: Job, log: RunLog, explicit: Path | None, use_gpu: bool) -> None:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig

@@ -156,7 +156,9 @@ def build_worker(job: Job, session: Session) -> Worker:
     engine.keeps_zero3_visible = keeps_zero3_visible
     if clipper is not None:
         optimizer.register_step_pre_hook(clipper)
-    return Worker(job, session, engine, pairs, plan, PairMetrics(session.device), total_steps, clipper)
+    return Worker(
+        job, session, engine, pairs, plan, PairMetrics(session.device), total_steps, clipper
+    )
 
 
 def load_model(job: Job) -> Any:

@@ -1,0 +1,321 @@
+"""Training in this process, without Ray: equality with TRL, resume, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from preferences_data import conversation_rows
+from safetensors.torch import load_file
+from tiny import tiny_qwen2
+
+from raywards import RewardConfig, RewardTrainer, Scorer
+from raywards.checkpoint import complete_checkpoints
+from raywards.errors import CheckpointError, ConfigError, NonFiniteError, RowError
+
+ROWS = conversation_rows(45)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("model"), num_labels=None)
+
+
+def settings(output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(output),
+        "num_workers": 0,
+        "use_cpu": True,
+        "bf16": False,
+        "deepspeed": 0,
+        "learning_rate": 1e-3,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+def run(
+    model: Path, output: Path, rows: list[dict[str, Any]] = ROWS, **changes: Any
+) -> RewardTrainer:
+    trainer = RewardTrainer(
+        model=str(model),
+        args=RewardConfig(**settings(output, **changes)),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.train()
+    return trainer
+
+
+def losses(trainer: Any) -> list[float]:
+    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / "export" / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> float:
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def test_losses_and_metrics_are_those_of_trl(model: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    shared = {
+        name: value
+        for name, value in settings(tmp_path).items()
+        if name not in ("num_workers", "deepspeed", "output_dir")
+    }
+    shared |= {"warmup_steps": 3, "weight_decay": 0.01, "center_rewards_coefficient": 0.01}
+    rows = [{**row, "margin": 0.1 * (i % 3)} for i, row in enumerate(ROWS)]
+    theirs = trl.RewardTrainer(
+        str(model),
+        trl.RewardConfig(output_dir=str(tmp_path / "trl"), report_to="none", **shared),
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    theirs.train()
+    ours = run(model, tmp_path / "ours", rows, **shared)
+
+    pairs = list(
+        zip(
+            [record for record in theirs.state.log_history if "loss" in record],
+            [record for record in ours.state.log_history if "loss" in record],
+            strict=True,
+        )
+    )
+    assert len(pairs) == 12
+    assert pairs[0][0]["loss"] - pairs[-1][0]["loss"] > 0.05, "nothing was learned: proves nothing"
+    for their, our in pairs:
+        for name in ("loss", "grad_norm", "margin", "mean_reward", "learning_rate", "epoch"):
+            assert our[name] == pytest.approx(their[name], abs=1e-5, rel=1e-5), name
+        assert our["accuracy"] == their["accuracy"]
+        assert our["num_tokens"] == their["num_tokens"]
+
+
+def test_accumulation_gives_the_losses_of_one_large_batch(model: Path, tmp_path: Path) -> None:
+    whole = run(model, tmp_path / "whole")
+    parts = run(
+        model,
+        tmp_path / "parts",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=False,
+    )
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
+    assert same_weights(tmp_path / "whole", tmp_path / "parts") < 1e-5
+
+
+def test_a_trainer_without_settings_names_its_folder_after_the_model(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = RewardTrainer(str(model), train_dataset=datasets.Dataset.from_list(ROWS))
+    assert trainer.paths.run == tmp_path / f"{model.name}-Reward"
+    assert not trainer.paths.run.exists()
+
+
+def test_a_model_object_is_trained_in_place(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    set_seed(42)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=1, dtype=torch.float32
+    )
+    before = loaded.score.weight.detach().clone()
+    trainer = RewardTrainer(
+        loaded,
+        RewardConfig(**settings(tmp_path / "object")),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )
+    trainer.train()
+    assert not torch.equal(before, loaded.score.weight)
+    by_path = run(model, tmp_path / "path")
+    assert losses(trainer) == pytest.approx(losses(by_path), abs=1e-7)
+
+
+def test_evaluation_weighs_pairs_and_the_export_agrees(model: Path, tmp_path: Path) -> None:
+    held_out = conversation_rows(13, seed=1)
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(
+            **settings(tmp_path / "run", eval_strategy="epoch", per_device_eval_batch_size=4)
+        ),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset={"kind": datasets.Dataset.from_list(held_out)},
+    )
+    result = trainer.train()
+    evals = [r for r in trainer.state.log_history if "eval_kind_accuracy" in r]
+    assert [r["epoch"] for r in evals] == [1.0, 2.0]
+    scorer = Scorer.from_pretrained(tmp_path / "run" / "export")
+    chosen = scorer.score([row["chosen"] for row in held_out])
+    rejected = scorer.score([row["rejected"] for row in held_out])
+    accuracy = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / 13
+    assert evals[-1]["eval_kind_accuracy"] == pytest.approx(accuracy)
+    assert evals[-1]["eval_kind_num_pairs"] == 13
+    assert result.metrics["eval_kind_accuracy"] == pytest.approx(accuracy)
+    again = trainer.evaluate()
+    assert again["eval_kind_loss"] == pytest.approx(evals[-1]["eval_kind_loss"], abs=1e-6)
+
+    trainer.save_model(str(tmp_path / "copy"))
+    assert Scorer.from_pretrained(tmp_path / "copy").score([held_out[0]["chosen"]]) == [chosen[0]]
+
+
+def test_a_killed_run_goes_on_where_its_checkpoint_stood(model: Path, tmp_path: Path) -> None:
+    """SIGKILL a training process after a checkpoint; start it again; compare with one undisturbed."""
+    undisturbed = run(model, tmp_path / "undisturbed", num_train_epochs=8)
+    script = tmp_path / "train.py"
+    changes = {"num_train_epochs": 8, "save_strategy": "steps", "save_steps": 4}
+    script.write_text(
+        f"import sys, time\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path\nimport raywards.train.loop as loop\n"
+        "from test_train_here import run\n"
+        "step = loop.accumulate_gradients\n"
+        # Slow enough to be killed in the middle.
+        "loop.accumulate_gradients = lambda *a: (time.sleep(0.1), step(*a))\n"
+        f"run(Path({str(model)!r}), Path({str(tmp_path / 'killed')!r}), **{changes!r})\n"
+    )
+    child = subprocess.Popen([sys.executable, script], env=os.environ, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(complete_checkpoints(tmp_path / "killed")) < 2:
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "killed" / "export").exists()
+    orphan = tmp_path / "killed" / "checkpoint-000099-cut0ff00"
+    orphan.mkdir()
+
+    resumed = run(model, tmp_path / "killed", **changes)
+    assert [r["step"] for r in resumed.state.log_history] == list(range(1, 49))
+    # Bit for bit: one process, the same kernels, the same order of pairs.
+    assert losses(resumed) == losses(undisturbed)
+    assert (
+        resumed.state.log_history[-1]["num_tokens"]
+        == undisturbed.state.log_history[-1]["num_tokens"]
+    )
+    assert same_weights(tmp_path / "undisturbed", tmp_path / "killed") == 0.0
+
+
+def test_a_run_with_other_settings_or_pairs_is_refused(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", num_train_epochs=1)
+    before = (tmp_path / "run" / "run.json").read_text()
+    with pytest.raises(CheckpointError, match=r"learning_rate: was 0.001, is 0.002") as caught:
+        run(model, tmp_path / "run", num_train_epochs=1, learning_rate=2e-3)
+    assert str(tmp_path / "run") in str(caught.value)
+    with pytest.raises(CheckpointError, match="pairs: was"):
+        run(model, tmp_path / "run", ROWS[1:], num_train_epochs=1)
+    assert (tmp_path / "run" / "run.json").read_text() == before
+
+
+def test_a_finished_run_started_again_trains_nothing_more(model: Path, tmp_path: Path) -> None:
+    first = run(model, tmp_path / "run", num_train_epochs=1)
+    again = run(model, tmp_path / "run", num_train_epochs=1)
+    assert again.state.log_history == first.state.log_history
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", num_train_epochs=1)
+    [checkpoint] = complete_checkpoints(tmp_path / "run")
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    state = next((copy / "engine").glob("*.pt"))
+    state.write_bytes(state.read_bytes()[:-10])
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "other", num_train_epochs=1)),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )
+    with pytest.raises(CheckpointError, match=state.name):
+        trainer.train(resume_from_checkpoint=str(copy))
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(model: Path, tmp_path: Path) -> None:
+    rows = [{**row, "margin": 1e38 if i == 11 else 0.0} for i, row in enumerate(ROWS)]
+    with pytest.raises(NonFiniteError, match="not finite|NaN or infinite"):
+        run(model, tmp_path / "run", rows, center_rewards_coefficient=1e38, learning_rate=1.0)
+    assert not (tmp_path / "run" / "export").exists()
+
+
+REFUSED_AT_ONCE = [
+    ({"deepspeed": 4}, "a ZeRO stage is 0, 1, 2 or 3"),
+    ({"deepspeed": "nowhere.json"}, "there is no such file"),
+    ({"deepspeed": {"train_micro_batch_size_per_gpu": 3}}, "train_micro_batch_size_per_gpu=3"),
+    ({"deepspeed": {"optimizer": {"type": "Lamb"}}}, "optimizer.type='Lamb'"),
+    ({"deepspeed": {"scheduler": {"type": "WarmupLR"}}}, "lr_scheduler_type"),
+    ({"deepspeed": {"fp16": {"enabled": True}}}, "fp16"),
+    ({"deepspeed": {"aio": {"block_size": "auto"}}}, "deepspeed.aio.block_size"),
+    ({"eval_strategy": "epoch"}, "needs an eval_dataset"),
+    ({"max_length": 2}, "no pair is left"),
+    ({"model_init_kwargs": {"dtype": "bf16"}}, "Invalid `dtype`"),
+    ({"model_init_kwargs": {"device_map": "auto"}}, "device_map"),
+    ({"model_init_kwargs": {"num_labels": 2}}, "num_labels"),
+    ({"use_gpu": True, "use_cpu": True}, "contradict"),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED_AT_ONCE)
+def test_wrong_settings_are_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected) as caught:
+        run(model, tmp_path / "run", **changes)
+    assert len(str(caught.value).splitlines()) < 15
+    assert not list(tmp_path.glob("run/*.json"))
+    assert not list(tmp_path.glob("run/prepared/*"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["data_collator", "compute_metrics", "callbacks", "optimizers", "peft_config",
+     "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "quantization_config"],
+)  # fmt: skip
+def test_arguments_of_trl_that_are_not_supported_are_refused_by_name(
+    model: Path, name: str
+) -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    with pytest.raises(ConfigError, match=name):
+        RewardTrainer(str(model), train_dataset=rows, **{name: ["something"]})
+
+
+def test_bad_rows_stop_the_run_or_are_dropped_and_counted(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    bad = [{"chosen": "same", "rejected": "same"}, {"chosen": "no other side"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *bad]))
+    with pytest.raises(RowError, match=r"rows\.jsonl row 45 \(line 46\)") as caught:
+        RewardTrainer(
+            str(model), RewardConfig(**settings(tmp_path / "a")), train_dataset=str(file)
+        ).train()
+    assert "missing_field" in str(caught.value)
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "b", on_bad_row="drop", num_train_epochs=1)),
+        train_dataset=str(file),
+    )
+    result = trainer.train()
+    assert result.metrics["num_dropped"] == {"train": 2}
+    assert trainer.dropped["train"] == {"identical": 1, "missing_field": 1}
+
+
+def test_torchrun_is_told_to_use_workers(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="num_workers=0 trains in this process alone"):
+        run(model, tmp_path / "run")
