@@ -7,10 +7,12 @@ engine writes its shards into a folder that it is handed.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import statistics
+import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 from raywards.errors import CheckpointError
 from raywards.loader import create_model_from_path, load_tokenizer
-from raywards.model import RewardModel
+from raywards.model import RewardModel, stock_head
 from raywards.packing import pad
 from raywards.rendering import Rendering
 
@@ -77,16 +79,18 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         wrote, found_kind, files = manifest["format"], manifest["kind"], manifest["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        sizes = {str(name): int(size) for name, size in files.items()}
+        newer = wrote > FORMAT
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is damaged ({error!r}); use another {kind}.") from None
-    if wrote > FORMAT:
+    if newer:
         raise CheckpointError(
             f"{folder}: was written in format {wrote} by a newer raywards; this one reads up to "
             f"{FORMAT}. Update raywards."
         )
     if found_kind != kind:
         raise CheckpointError(f"{folder}: is a {found_kind}, and a {kind} is needed here.")
-    for name, size in files.items():
+    for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
@@ -102,8 +106,8 @@ def complete_checkpoints(run: Path) -> list[Path]:
     found = []
     for folder in run.glob("checkpoint-*"):
         try:
-            found.append((read_manifest(folder, kind="checkpoint")["step"], folder))
-        except CheckpointError:
+            found.append((int(read_manifest(folder, kind="checkpoint")["step"]), folder))
+        except (CheckpointError, KeyError):
             continue  # cut off while it was written: an orphan
     return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
 
@@ -135,7 +139,7 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     config = inner.config
-    before = config.to_dict()
+    before = {name: getattr(config, name, None) for name in ("problem_type", "dtype", "use_cache")}
     try:
         # On a copy of the weights in the stated type; an integer buffer keeps its own.
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in weights.items()}
@@ -152,8 +156,8 @@ def export_model(
         _replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        for name in ("problem_type", "dtype", "use_cache"):
-            setattr(config, name, before.get(name))
+        for name, value in before.items():
+            setattr(config, name, value)
     return read_manifest(folder, kind="export")
 
 
@@ -228,11 +232,12 @@ def _describe_export(
     reloaded = Rendering(load_tokenizer(str(folder)), control_tokens=rendering.control_tokens)
     if _probe_sequences(reloaded) != sequences:
         raise CheckpointError(
-            f"{folder}: the tokenizer, saved and loaded again, gives other token ids, so rewards would "
-            f"be wrong. {type(rendering.tokenizer).__name__} was trained with, and "
+            f"{folder}: the tokenizer, saved and loaded again, gives other token ids, so rewards "
+            f"would be wrong. {type(rendering.tokenizer).__name__} was trained with, and "
             f"{type(reloaded.tokenizer).__name__} was loaded: pass that one as `processing_class`."
         )
-    rewards = _rewards(RewardModel(inner), sequences, pad_id)
+    model = RewardModel(inner)
+    rewards = _rewards(model, sequences, pad_id)
     spread = statistics.pstdev(rewards)
     bounds = {"float32": 1e-5 * max(1.0, spread)}
     plain = _plain_rewards(inner, sequences, pad_id)
@@ -259,7 +264,7 @@ def _describe_export(
         "kind": "export",
         "dtype": stored_in,
         "pad_token_id": pad_id,
-        "pooling": "last_token",
+        "pooling": "last_token" if model.pools_by_position else "classifier",
         "rendering": reloaded.describe(),
         "training": dict(training),
         "rewards": [
@@ -279,18 +284,32 @@ def _rewards(model: RewardModel, sequences: Sequence[list[int]], pad_id: int) ->
 
 @torch.inference_mode()
 def _plain_rewards(inner: Any, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
-    """What a script gets that knows transformers alone."""
+    """What a script gets that knows transformers alone, whose head is as coarse as its weights."""
     batch = pad(sequences, pad_id)
-    output = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    with stock_head(inner):
+        output = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     values: list[float] = output.logits[:, 0].float().tolist()
     return values
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
-    if folder.exists():
+    """Put `new` in the place of `folder`; on Linux no moment passes without one of the two."""
+    if not folder.exists():
+        os.replace(new, folder)
+    elif _exchange(new, folder):
+        shutil.rmtree(new)
+    else:
         old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
         os.replace(folder, old)
         os.replace(new, folder)
         shutil.rmtree(old)
-    else:
-        os.replace(new, folder)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot (NFS, not Linux)."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    at_cwd, exchange = -100, 2
+    done: int = renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange)
+    return done == 0

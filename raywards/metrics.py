@@ -53,15 +53,17 @@ class PairMetrics:
         return self._not_finite.clone()
 
     def gather_on_first_rank(self, rank: int) -> list[list[float]]:
-        """Move the sums of all ranks to rank 0 and return them there, for a checkpoint. Collective.
+        """Move the sums of all ranks to rank 0 and return them, for a checkpoint. Collective.
 
         What `compute` gives later is the same.
         """
-        self._reduce()
-        window = [self._sums.tolist(), self._extremes.tolist()]
-        if rank != 0:
-            self.reset()
-        return window
+        sums, extremes = self._over_ranks()
+        not_finite = self._not_finite
+        self.reset()
+        self._not_finite = not_finite
+        if rank == 0:
+            self._sums, self._extremes = sums, extremes
+        return [sums.tolist(), extremes.tolist()]
 
     def restore(self, window: list[list[float]], rank: int) -> None:
         """Take up the sums that `gather_on_first_rank` returned."""
@@ -73,12 +75,12 @@ class PairMetrics:
 
     def compute(self) -> dict[str, float]:
         """Values over the pairs of every rank since `reset`. A collective: every rank calls it."""
-        self._reduce()
-        sums = dict(zip(_SUMS, self._sums.tolist(), strict=True))
+        totals, extremes = self._over_ranks()
+        sums = dict(zip(_SUMS, totals.tolist(), strict=True))
         pairs = sums["pairs"]
         if pairs == 0:
             return {"num_pairs": 0.0, "num_tokens": 0.0}
-        negated_min, maximum = self._extremes.tolist()
+        negated_min, maximum = extremes.tolist()
         return {
             "loss": sums["loss"] / pairs,
             "accuracy": sums["accuracy"] / pairs,
@@ -91,7 +93,10 @@ class PairMetrics:
             "num_tokens": sums["tokens"],
         }
 
-    def _reduce(self) -> None:
+    def _over_ranks(self) -> tuple[Tensor, Tensor]:
+        """Sums and extremes of all ranks; those of this rank stay as they are."""
+        sums, extremes = self._sums.clone(), self._extremes.clone()
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
-            torch.distributed.all_reduce(self._extremes, op=torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(sums)
+            torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
+        return sums, extremes

@@ -6,7 +6,9 @@ head is computed in fp32; encoders and other classes run their own forward.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +49,37 @@ class RewardModel(nn.Module):
         """Rewards [S] in fp32."""
         if not self.pools_by_position:
             output = self.inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            rewards: Tensor = output.logits[:, 0].float()
-            return rewards
+            return cast(Tensor, output.logits[:, 0].float())
         backbone = getattr(self.inner, self.inner.base_model_prefix)
         hidden = backbone(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state
         pooled = hidden[torch.arange(len(batch.pooled), device=hidden.device), batch.pooled]
-        rewards = self.inner.score(pooled)[:, 0]
-        return rewards
+        return cast(Tensor, self.inner.score(pooled)[:, 0])
+
+
+@contextmanager
+def stock_head(inner: Any) -> Iterator[None]:
+    """Inside, the head of a wrapped model computes as transformers' own does."""
+    head = getattr(inner, "score", None)
+    wrapped = isinstance(head, Float32Linear)
+    if wrapped:
+        head.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        if wrapped:
+            head.__class__ = Float32Linear
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set the probability of every `nn.Dropout` to zero, and of attention dropout in the config."""
+    """Set every dropout probability to zero: of `nn.Dropout`, and what a forward reads itself.
+
+    TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)

@@ -21,7 +21,7 @@ from raywards.errors import CheckpointError, ConversationError, NonFiniteError
 from raywards.loader import create_model_from_path, load_tokenizer
 from raywards.model import RewardModel
 from raywards.packing import fill, pad
-from raywards.rendering import Rendering, truncate
+from raywards.rendering import ControlTokens, Rendering, truncate
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,9 @@ class Scorer:
     """Rewards for conversations.
 
         scorer = Scorer.from_pretrained("reward-output/export")
-        scorer.score([[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]])
+        question = {"role": "user", "content": "Hi"}
+        answer = {"role": "assistant", "content": "Hello!"}
+        scorer.score([[question, answer]])
 
     A conversation is a list of messages, or plain text, which is closed with EOS. A reward does not
     depend on its batch-mates beyond rounding: `info["bound"]` says how far.
@@ -57,8 +59,9 @@ class Scorer:
         self._max_batch_tokens = max_batch_tokens
         self._device = next(model.parameters()).device
         self._config = model.inner.config.get_text_config()
+        is_foreign_decoder = manifest is None and model.pools_by_position
         self._skip_id = (
-            _foreign_skip_id(source, self._config, rendering) if manifest is None else None
+            _foreign_skip_id(source, self._config, rendering) if is_foreign_decoder else None
         )
         self._pad_id = self._config.pad_token_id or 0
         self.vocab_size: int = self._config.vocab_size
@@ -83,14 +86,14 @@ class Scorer:
             folder: The export, model folder or hub id.
             dtype: Precision of the forward; default: that of the stored weights.
             device: Torch device; default: a GPU where there is one.
-            max_length: Longest sequence in tokens that is accepted; default: what the model can take.
+            max_length: Longest sequence in tokens; default: what the model can take.
             max_batch_tokens: Tokens of one forward, padding included.
             revision: Revision of a hub model.
             trust_remote_code: Run code that comes with the model.
 
         Raises:
             ModelError: This is no reward model: no folder, two labels, no head, remote code.
-            CheckpointError: The export is damaged, or its tokenizer renders otherwise than in training.
+            CheckpointError: The export is damaged, or its tokenizer is not that of the training.
         """
         source = str(folder)
         is_export = (Path(source) / MANIFEST).is_file()
@@ -104,7 +107,7 @@ class Scorer:
             trust_remote_code=trust_remote_code,
         )
         tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-        policy = manifest["rendering"]["control_tokens"] if manifest else "as_text"
+        policy: ControlTokens = manifest["rendering"]["control_tokens"] if manifest else "as_text"
         rendering = Rendering(tokenizer, control_tokens=policy)
         if manifest and manifest["rendering"]["fingerprint"] != rendering.fingerprint():
             raise CheckpointError(
@@ -203,8 +206,8 @@ class Scorer:
         if len(checked) > self.max_length:
             if truncation == "error":
                 raise ConversationError(
-                    f"{len(checked)} tokens are more than max_length={self.max_length}; shorten it, "
-                    "or ask for truncation 'left' or 'right'.",
+                    f"{len(checked)} tokens are more than max_length={self.max_length}; shorten "
+                    "it, or ask for truncation 'left' or 'right'.",
                     reason="too_long",
                 )
             checked = truncate(checked, self.max_length, truncation)
@@ -245,10 +248,14 @@ class Scorer:
         stored = self._manifest["rewards"]
         found = self.score_ids([probe["input_ids"] for probe in stored])
         worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
-        if worst > self.info["bound"]:
+        # The stored rewards have the rounding of the type they were stored in.
+        bounds = self._manifest["bounds"]
+        types = (self.info["dtype"], self._manifest["dtype"])
+        bound = max(bounds.get(name, bounds["bfloat16"]) for name in types)
+        if not worst <= bound:
             raise CheckpointError(
                 f"{self.info['model']}: rewards differ by {worst:.3g} from those stored with the "
-                f"export, and {self.info['bound']:.3g} is allowed in {self.info['dtype']}. The "
+                f"export, and {bound:.3g} is allowed in {self.info['dtype']}. The "
                 "weights, or the software that runs them, are not what was exported."
             )
 
@@ -257,6 +264,11 @@ class Scorer:
         if self._manifest is None:
             return self._rendering.tokenizer.chat_template is not None
         return bool(self._manifest["training"].get("conversational", True))
+
+    def _pooling(self) -> str:
+        if not self._model.pools_by_position:
+            return "classifier"
+        return "last_token" if self._skip_id is None else "last_non_pad_id"
 
     def _describe(self, source: str) -> dict[str, Any]:
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
@@ -272,7 +284,7 @@ class Scorer:
             "max_length": self.max_length,
             "vocab_size": self.vocab_size,
             "pad_token_id": self._config.pad_token_id,
-            "pooling": "last_token" if self._skip_id is None else "last_non_pad_id",
+            "pooling": self._pooling(),
             "rendering": self._rendering.describe(),
             "bound": bounds.get(dtype, bounds.get("bfloat16")),
             "revision": f"sha256:{digest.hexdigest()}",
@@ -294,12 +306,13 @@ def _max_length(config: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def _foreign_skip_id(source: str, config: Any, rendering: Rendering) -> int | None:
-    """The id that transformers' own pooling skips at the end, for a model that we did not export."""
+    """The id that transformers' pooling skips at the end, in a model that we did not export."""
     pad_id: int | None = config.pad_token_id
     if pad_id is not None and pad_id == rendering.tokenizer.eos_token_id:
         logger.warning(
-            "%s: its pad token is its EOS token, so transformers reads the reward before a closing "
-            "EOS and vLLM reads it there: engines disagree on plain text. transformers' rule is kept.",
+            "%s: its pad token is its EOS token, so transformers reads the reward before a "
+            "closing EOS and vLLM reads it there: engines disagree on plain text. transformers' "
+            "rule is kept.",
             source,
         )
     return pad_id

@@ -287,7 +287,7 @@ def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
     """Refuse a checkpoint of another run: continuing would train something that nobody asked for."""
     if manifest["identity"] != worker.job.identity:
         raise CheckpointError(
-            f"{folder}: is of a run with another model, other pairs or other settings. Give this "
+            f"{folder}: is of another run: of another model, other pairs or other settings. Give this "
             "run another output_dir or run_name, or go back to the settings in its run.json."
         )
     if manifest["num_ranks"] != worker.session.world_size:

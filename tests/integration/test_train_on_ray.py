@@ -1,0 +1,176 @@
+"""Two real Ray Train workers with real DeepSpeed: equal to one process, through a kill, at any stage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pytest
+import torch
+from preferences_data import conversation_rows
+from safetensors.torch import load_file
+from tiny import tiny_qwen2
+
+from raywards import RewardConfig, RewardTrainer, Scorer
+from raywards.checkpoint import complete_checkpoints
+from raywards.errors import CheckpointError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+ROWS = conversation_rows(45)
+EPOCHS = 6
+STEPS = 6 * EPOCHS  # 45 pairs in global batches of 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("model"), num_labels=None)
+
+
+def trainer(model: Path, output: Path, **changes: Any) -> RewardTrainer:
+    settings: dict[str, Any] = {
+        "output_dir": str(output),
+        "num_workers": 2,
+        "use_cpu": True,
+        "bf16": False,
+        "deepspeed": 2,
+        "learning_rate": 1e-3,
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **changes,
+    }
+    return RewardTrainer(
+        str(model), RewardConfig(**settings), train_dataset=datasets.Dataset.from_list(ROWS)
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardTrainer:
+    """The same pairs and global batches in one process without ZeRO, undisturbed."""
+    one = trainer(
+        model,
+        tmp_path_factory.mktemp("reference") / "run",
+        num_workers=0,
+        deepspeed=0,
+        per_device_train_batch_size=8,
+    )
+    one.train()
+    assert losses(one)[0] - losses(one)[-1] > 0.1, "nothing was learned: comparisons prove nothing"
+    return one
+
+
+def losses(run: RewardTrainer) -> list[float]:
+    return [record["loss"] for record in run.state.log_history if "loss" in record]
+
+
+def difference(a: RewardTrainer, b: RewardTrainer) -> float:
+    left, right = (load_file(run.paths.export / "model.safetensors") for run in (a, b))
+    assert left.keys() == right.keys()
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def check_lineage(run: RewardTrainer, reference: RewardTrainer) -> None:
+    """Every step stands in the log once, and every pair of every epoch was trained once."""
+    assert [record["step"] for record in run.state.log_history] == list(range(1, STEPS + 1))
+    last = Scorer.from_pretrained(run.paths.export).info["training"]
+    assert (last["step"], last["num_pairs"]) == (STEPS, len(ROWS) * EPOCHS)
+    tokens = [each.state.log_history[-1]["num_tokens"] for each in (run, reference)]
+    assert tokens[0] == tokens[1]
+
+
+def test_a_killed_worker_costs_time_and_no_pair(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    run = trainer(model, tmp_path / "run", save_strategy="steps", save_steps=5)
+    killed: list[int] = []
+
+    def kill_one_worker() -> None:
+        while not complete_checkpoints(run.paths.run):
+            time.sleep(0.05)
+        time.sleep(0.3)  # past the checkpoint, into steps that will be lost
+        workers = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "RayTrainWorker" in " ".join(process.cmdline())
+        ]
+        os.kill(workers[-1].pid, signal.SIGKILL)
+        killed.append(workers[-1].pid)
+
+    killer = threading.Thread(target=kill_one_worker)
+    killer.start()
+    result = run.train()
+    killer.join()
+
+    assert killed
+    assert result.global_step == STEPS
+    attempts = {folder.name.rsplit("-", 1)[1] for folder in complete_checkpoints(run.paths.run)}
+    assert len(attempts) == 2, "the worker was killed too late: nothing was resumed"
+    check_lineage(run, reference)
+    assert losses(run) == pytest.approx(losses(reference), abs=1e-5)
+    assert difference(run, reference) < 1e-5
+    Scorer.from_pretrained(run.paths.export).verify()
+
+    # Started again under the same name with another learning rate, it is refused at once.
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        trainer(model, tmp_path / "run", learning_rate=2e-3).train()
+
+
+STAGES: list[Any] = [
+    0,
+    1,
+    2,
+    # Without the threshold every tensor of a tiny model stays whole, and nothing is partitioned.
+    {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES, ids=["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.slow
+def test_every_stage_trains_the_same_model(
+    model: Path, tmp_path: Path, reference: RewardTrainer, stage: Any, bf16: bool
+) -> None:
+    run = trainer(model, tmp_path / "run", deepspeed=stage, bf16=bf16)
+    run.train()
+    check_lineage(run, reference)
+    assert losses(run) == pytest.approx(losses(reference), abs=3e-2 if bf16 else 1e-5)
+    assert difference(run, reference) < (1e-1 if bf16 else 1e-5)
+    stored = load_file(run.paths.export / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    Scorer.from_pretrained(run.paths.export).verify()
+
+
+def test_zero_3_partitions_trains_and_exports_the_same_model(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    run = trainer(model, tmp_path / "run", deepspeed=STAGES[3])
+    run.train()
+    check_lineage(run, reference)
+    assert losses(run) == pytest.approx(losses(reference), abs=1e-5)
+    assert difference(run, reference) < 1e-5
+    [checkpoint] = complete_checkpoints(run.paths.run)
+    shards = list((checkpoint / "engine").glob("zero_pp_rank_*_model_states.pt"))
+    assert len(shards) == 2
+
+
+def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
+    model: Path, tmp_path: Path
+) -> None:
+    run = trainer(model, tmp_path / "run", num_train_epochs=1)
+    run.train()
+    [checkpoint] = complete_checkpoints(run.paths.run)
+    other = trainer(model, tmp_path / "other", num_train_epochs=1, learning_rate=2e-3)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="of another run"):
+        other.train(resume_from_checkpoint=str(checkpoint))
+    assert time.monotonic() - started < 120
+    assert not other.paths.export.exists()
