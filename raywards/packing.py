@@ -6,7 +6,6 @@ from (seed, epoch, step) alone; how they are dealt to workers changes nothing bu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,8 +75,8 @@ class TrainPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        whole = self.num_pairs / self.global_batch
-        return math.floor(whole) if self.drop_last else math.ceil(whole)
+        whole, rest = divmod(self.num_pairs, self.global_batch)
+        return whole if self.drop_last or not rest else whole + 1
 
     def order(self, epoch: int) -> list[int]:
         """Indices of the pairs in the order in which `epoch` trains them."""
