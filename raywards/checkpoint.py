@@ -8,7 +8,9 @@ engine writes its shards into a folder that it is handed.
 from __future__ import annotations
 
 import ctypes
+import glob
 import json
+import math
 import os
 import shutil
 import statistics
@@ -89,7 +91,7 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
             f"{FORMAT}. Update raywards."
         )
     if found_kind != kind:
-        raise CheckpointError(f"{folder}: is a {found_kind}, and a {kind} is needed here.")
+        raise CheckpointError(f"{folder}: is of kind {found_kind!r}; {kind!r} is needed here.")
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
@@ -107,7 +109,7 @@ def complete_checkpoints(run: Path) -> list[Path]:
     for folder in run.glob("checkpoint-*"):
         try:
             found.append((int(read_manifest(folder, kind="checkpoint")["step"]), folder))
-        except (CheckpointError, KeyError):
+        except (CheckpointError, KeyError, TypeError, ValueError):
             continue  # cut off while it was written: an orphan
     return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
 
@@ -137,6 +139,8 @@ def export_model(
         last_ids: Ids that ended a training sequence; none of them becomes the pad token.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)  # by an export that was killed
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     config = inner.config
     before = {name: getattr(config, name, None) for name in ("problem_type", "dtype", "use_cache")}
@@ -151,6 +155,7 @@ def export_model(
         tokenizer = rendering.tokenizer
         taken = {*last_ids, *(ids[-1] for ids in sequences), tokenizer.eos_token_id}
         _write_pad_token(partial, tokenizer, taken)
+        _edit_config(partial, dtype=str(dtype).removeprefix("torch."))
         manifest = _describe_export(partial, sequences, rendering, dtype, training)
         write_manifest(partial, manifest, list_files(partial))
         _replace_folder(partial, folder)
@@ -184,26 +189,37 @@ def choose_pad_token(tokenizer: Any, taken: Iterable[int | None], vocab_size: in
 
 def _write_pad_token(folder: Path, tokenizer: Any, taken: set[int | None]) -> None:
     """Give the exported tokenizer and config a pad token that no sequence ends in."""
-    config_file = folder / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
+    vocab_size = _edit_config(folder)["vocab_size"]
     # A copy: training goes on with the pad token that it began with.
     tokenizer.save_pretrained(folder)
     exported = type(tokenizer).from_pretrained(folder)
-    pad_token = choose_pad_token(exported, taken, text["vocab_size"])
+    pad_token = choose_pad_token(exported, taken, vocab_size)
     if pad_token is None:
         pad_token = "<|raywards_pad|>"
         exported.add_special_tokens({"pad_token": pad_token})
-        if len(exported) > text["vocab_size"]:
+        if len(exported) > vocab_size:
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
             model.resize_token_embeddings(len(exported), mean_resizing=False)
             model.save_pretrained(folder)
-            config = json.loads(config_file.read_text(encoding="utf-8"))
-            text = config.get("text_config", config)
     exported.pad_token = pad_token
     exported.save_pretrained(folder)
-    text["pad_token_id"] = config["pad_token_id"] = exported.pad_token_id
-    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _edit_config(folder, pad_token_id=exported.pad_token_id)
+
+
+def _edit_config(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Set keys of a folder's config.json and return the part that describes the text model.
+
+    `save_pretrained` writes the type that the model has in training, not that of the weights it is
+    given, and a pad token is of the export alone.
+    """
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    text: dict[str, Any] = config.get("text_config", config)
+    if changes:
+        config.update(changes)
+        text.update(changes)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return text
 
 
 def _probe_sequences(rendering: Rendering) -> list[list[int]]:
@@ -238,6 +254,11 @@ def _describe_export(
         )
     model = RewardModel(inner)
     rewards = _rewards(model, sequences, pad_id)
+    if not all(map(math.isfinite, rewards)):
+        raise CheckpointError(
+            f"{folder}: its rewards are not finite ({rewards}), so it is not kept: the weights "
+            "hold NaN or infinity, or overflow in this precision."
+        )
     spread = statistics.pstdev(rewards)
     bounds = {"float32": 1e-5 * max(1.0, spread)}
     plain = _plain_rewards(inner, sequences, pad_id)
