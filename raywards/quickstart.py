@@ -1,12 +1,13 @@
 """The whole way on one machine: `make demo`, or `raywards quickstart`.
 
-Makes a tiny model and preferences that it can learn, trains it on two Ray Train workers with ZeRO-2,
-exports it, serves it, and scores held-out pairs over HTTP. Nothing is fetched, nothing is left
+Makes a tiny model and preferences that it can learn, trains it on two Ray Train workers with
+ZeRO-2, exports it, serves it, and scores held-out pairs over HTTP. Nothing is fetched, nothing is left
 running. Read it as the shortest complete program on raywards.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -28,8 +29,8 @@ _TEMPLATE = (
 )
 _ASKS = ("How do I", "Could you show me how to", "What is the best way to", "Please help me")
 _TASKS = (
-    "bake bread", "learn Spanish", "fix a flat tyre", "write a poem", "plant tomatoes", "tune a guitar",
-    "pack for a trip", "read a map", "knit a scarf", "brew coffee", "train a puppy", "save money",
+    "bake bread", "learn Spanish", "fix a flat tyre", "write a poem", "plant tomatoes",
+    "tune a guitar", "pack for a trip", "read a map", "knit a scarf", "brew coffee", "train a puppy", "save money",
 )  # fmt: skip
 _KIND = (
     "Gladly! First, gather what you need", "Here is a simple way to begin", "Good question",
@@ -39,7 +40,13 @@ _RUDE = (
     "Figure it out yourself", "That is a waste of my time", "Whatever", "Why would anyone ask that",
     "I do not care",
 )  # fmt: skip
-_ENDS = ("", " Then try again.", " It takes a while.", " Some people find it easy.", " That is all.")
+_ENDS = (
+    "",
+    " Then try again.",
+    " It takes a while.",
+    " Some people find it easy.",
+    " That is all.",
+)
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
 
     # Two workers of one CPU each, then one or two replicas: four slots, whatever the machine has.
     ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
         object_store_memory=200 * 2**20,
     )  # fmt: skip
     try:
@@ -71,7 +78,9 @@ def make_tiny_model(folder: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 
-    words = [text for row in make_preferences(200) for m in row["chosen"] for text in [m["content"]]]
+    words = [
+        text for row in make_preferences(200) for m in row["chosen"] for text in [m["content"]]
+    ]
     words += [row["rejected"][-1]["content"] for row in make_preferences(200)]
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -213,7 +222,9 @@ def _report(
         f"(bound {bound:.1e})"
     )
     if accuracy < 0.95 or off > bound:
-        raise TrainingError("The demonstration did not reach what it promises; see the two lines above.")
+        raise TrainingError(
+            "The demonstration did not reach what it promises; see the two lines above."
+        )
 
 
 def _fresh_folder(folder: Path) -> Path:

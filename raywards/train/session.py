@@ -1,6 +1,6 @@
 """What a worker needs of its surroundings: where to resume from, where checkpoints and records go.
 
-Two kinds of surroundings with the same four verbs: a Ray Train worker group, and this process alone.
+Two kinds of surroundings, one set of verbs: a Ray Train worker group, and this process alone.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RaySession:
     """A worker of a Ray Train worker group. The process group is up when the loop starts."""
 
     def __init__(self, send: Send, *, explicit: Path | None) -> None:
-        import ray.train
+        import ray.train.torch
 
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
@@ -121,7 +121,7 @@ class LocalSession:
             return
         torch.distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            store=torch.distributed.HashStore(),
+            store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
             rank=0,
             world_size=1,
             timeout=timedelta(seconds=timeout_s),

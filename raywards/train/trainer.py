@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,15 +23,16 @@ from transformers.trainer_utils import TrainOutput
 import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
 from raywards.config import RewardConfig, RunPaths, as_dict, freeze
-from raywards.errors import CheckpointError, ConfigError, RaywardsError, TrainingError
+from raywards.errors import CheckpointError, ConfigError, TrainingError
 from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
 from raywards.rendering import Rendering
+from raywards.train.cluster import connect, run_on_ray
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
 from raywards.train.runlog import RunLog
-from raywards.train.session import LocalSession, RaySession
+from raywards.train.session import LocalSession
 from raywards.train.worker import Job
-from raywards.train.zero import build_ops, zero_config
+from raywards.train.zero import zero_config
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class RewardTrainer:
                 demands that there is one.
 
         Returns:
-            `global_step`, `training_loss`, and `metrics`: run time, pairs left out, held-out metrics.
+            `global_step`, `training_loss`, and `metrics`: run time, rows left out, held-out metrics.
 
         Raises:
             RowError, ConfigError, ModelError: Before any worker starts.
@@ -167,18 +167,18 @@ class RewardTrainer:
         zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
-                f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and none was given "
-                "to RewardTrainer."
+                f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and RewardTrainer "
+                "was given none."
             )
         self._check_model()
         job = self._prepare_job()
-        build_ops(say=lambda text, *values: self.accelerator.print(text % values))
         log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
         try:
+            log.take("note", {"text": self._plan_in_words(job, use_gpu)})
             if self.args.num_workers == 0:
                 self._train_here(job, log, explicit, use_gpu)
             else:
-                self._train_on_ray(job, log, explicit, use_gpu)
+                run_on_ray(job, log, explicit=explicit, use_gpu=use_gpu)
         finally:
             log.close()
         if log.finished is None:
@@ -279,7 +279,7 @@ class RewardTrainer:
             return self.args.use_gpu
         if self.args.num_workers == 0:
             return torch.cuda.is_available()
-        return bool(_ray().cluster_resources().get("GPU", 0) >= 1)
+        return bool(connect().cluster_resources().get("GPU", 0) >= 1)
 
     def _check_model(self) -> None:
         """Read the config, so that a wrong model is refused before rows are encoded."""
@@ -305,7 +305,7 @@ class RewardTrainer:
             self.train_dataset, self._rendering, settings, self.paths.prepared,
             name="train", num_proc=num_proc,
         )  # fmt: skip
-        self._report_dropped("train", pairs)
+        self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
         identity = self._claim_run_folder(pairs)
         model = self._model
@@ -330,12 +330,19 @@ class RewardTrainer:
                 "transformers": transformers.__version__,
                 "pairs": pairs.fingerprint,
                 "num_rows": pairs.num_rows,
+                "num_pairs": pairs.num_pairs,
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
                 "settings": as_dict(self.args),
             },
             last_ids=pairs.last_ids,
         )
+
+    def _plan_in_words(self, job: Job, use_gpu: bool) -> str:
+        workers = f"{self.args.num_workers} workers" if self.args.num_workers else "one process"
+        device = "GPU" if use_gpu else "CPU"
+        pairs = job.about["num_pairs"]
+        return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
         settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
@@ -348,17 +355,8 @@ class RewardTrainer:
             prepared[name] = prepare(
                 rows, self._rendering, settings, self.paths.prepared, name=name, split="test"
             )
-            self._report_dropped(name, prepared[name])
+            self.dropped[name] = prepared[name].dropped
         return prepared
-
-    def _report_dropped(self, name: str, prepared: Prepared) -> None:
-        self.dropped[name] = prepared.dropped
-        if prepared.dropped and not self.args.disable_tqdm:
-            counts = ", ".join(f"{n} {reason}" for reason, n in prepared.dropped.items())
-            self.accelerator.print(
-                f"{name}: {prepared.num_pairs} pairs from {prepared.num_rows} rows; "
-                f"left out: {counts}"
-            )
 
     def _claim_run_folder(self, pairs: Prepared) -> str:
         """Write `run.json`, or refuse a folder whose checkpoints belong to another run."""
@@ -400,58 +398,6 @@ class RewardTrainer:
         session.join_process_group(self.args.ddp_timeout)
         train(job, session)
 
-    def _train_on_ray(self, job: Job, log: RunLog, explicit: Path | None, use_gpu: bool) -> None:
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        ray = _ray()
-        mailbox = _start_mailbox(ray)
-        resources = dict(self.args.resources_per_worker or {})  # type: ignore[arg-type]
-        cpus = int(resources.setdefault("CPU", 1))
-        where = "GPU" if use_gpu else "CPU"
-        self.accelerator.print(
-            f"{len_of(job)} pairs, {self.args.num_workers} workers on {where}, run {self.paths.run}"
-        )
-        trainer = TorchTrainer(
-            _run_worker,
-            train_loop_config={
-                "job": job, "mailbox": mailbox, "explicit": explicit, "threads": max(1, cpus)
-            },
-            torch_config=TorchConfig(
-                backend="nccl" if use_gpu else "gloo", timeout_s=self.args.ddp_timeout
-            ),
-            scaling_config=ScalingConfig(
-                num_workers=self.args.num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker=resources,
-            ),
-            run_config=RunConfig(
-                name=self.paths.name,
-                storage_path=str(self.paths.storage),
-                # A request that the cluster can never meet is otherwise retried for ever.
-                failure_config=FailureConfig(
-                    max_failures=self.args.max_failures, controller_failure_limit=5
-                ),
-                checkpoint_config=CheckpointConfig(num_to_keep=self.args.save_total_limit),
-                worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, cpus))}},
-            ),
-        )  # fmt: skip
-        reader = _Reader(ray, mailbox, log)
-        try:
-            trainer.fit()
-        except Exception as error:
-            reader.close()
-            if reader.error is None:
-                raise TrainingError(
-                    f"The run failed after {self.args.max_failures} restarts: {_reason(error)}\n"
-                    f"Checkpoints so far are in {self.paths.run}; started again, it goes on there."
-                ) from error
-        finally:
-            reader.close()
-            ray.kill(mailbox)
-        if reader.error is not None:
-            raise reader.error
-
     # ------------------------------------------------------------ after the workers
 
     def _finished_export(self) -> dict[str, Any]:
@@ -491,107 +437,6 @@ class _Console:
         sys.stderr.flush()
 
 
-class _Mailbox:
-    """An actor between rank 0 and the driver: keeps messages in order until they are fetched."""
-
-    def __init__(self) -> None:
-        self._messages: list[tuple[str, dict[str, Any]]] = []
-        self._failed = False
-
-    def put(self, kind: str, record: dict[str, Any]) -> None:
-        self._failed = self._failed or kind == "error"
-        self._messages.append((kind, record))
-
-    def take(self) -> list[tuple[str, dict[str, Any]]]:
-        messages, self._messages = self._messages, []
-        return messages
-
-    def failed(self) -> bool:
-        """Whether a worker has met an error that starting again cannot mend."""
-        return self._failed
-
-
-class _Reader:
-    """A thread that moves messages from the mailbox into the log while `fit()` blocks."""
-
-    def __init__(self, ray: Any, mailbox: Any, log: RunLog) -> None:
-        self.error: RaywardsError | None = None
-        self._ray, self._mailbox, self._log = ray, mailbox, log
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read, name="raywards-log", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        if not self._closed.is_set():
-            self._closed.set()
-            self._thread.join()
-            self._fetch()
-
-    def _read(self) -> None:
-        while not self._closed.wait(0.25):
-            self._fetch()
-
-    def _fetch(self) -> None:
-        try:
-            messages = self._ray.get(self._mailbox.take.remote(), timeout=30)
-        except self._ray.exceptions.RayError as error:
-            # Records are lost then, not training: the workers and checkpoints do not need us.
-            logger.warning("the run's log could not be read: %s", error)
-            return
-        for kind, record in messages:
-            if kind == "error":
-                self.error = self.error or record["error"]
-            else:
-                self._log.take(kind, record)
-
-
-def _run_worker(config: dict[str, Any]) -> None:
-    """What Ray Train calls on every worker."""
-    import ray
-
-    mailbox, job = config["mailbox"], config["job"]
-    if ray.get(mailbox.failed.remote()):
-        return  # the last attempt met an error that another cannot mend
-    torch.set_num_threads(config["threads"])
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    session = RaySession(mailbox.put.remote, explicit=config["explicit"])
-    try:
-        train(job, session)
-    except RaywardsError as error:
-        ray.get(mailbox.put.remote("error", {"error": error}))
-        raise
-
-
-def _start_mailbox(ray: Any) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # On the driver's node: where it dies, the run dies with its driver anyway.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
-
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            "num_workers above 0 needs Ray: pip install 'raywards[train]', or set num_workers=0."
-        ) from None
-    if not ray.is_initialized():
-        ray.init()
-    return ray
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what the workers failed with."""
-    failures = getattr(error, "worker_failures", None)
-    causes = list(failures.values()) if failures else [error]
-    return (
-        str(causes[0]).strip().splitlines()[-1][:500] if str(causes[0]).strip() else repr(causes[0])
-    )
-
-
 def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
@@ -616,8 +461,3 @@ def _model_kwargs(args: RewardConfig, model: Any) -> dict[str, Any]:
         raise ConfigError("model_init_kwargs.num_labels: a reward model has one label.")
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return kwargs
-
-
-def len_of(job: Job) -> int:
-    """Number of training pairs of a job."""
-    return int(json.loads((job.train / "prepared.json").read_text(encoding="utf-8"))["num_pairs"])

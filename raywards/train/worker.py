@@ -6,6 +6,7 @@ What is done with them, step by step, is in `loop`.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import random
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ from raywards.rendering import Rendering
 from raywards.train.prepare import PairTable
 from raywards.train.session import Session
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
+
+logger = logging.getLogger(__name__)
 
 _TAG = "engine"
 
@@ -118,7 +121,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     on_gpu = session.device.type == "cuda"
     bf16 = config.bf16 if config.bf16 is not None else True
     settings = zero_config(config, num_ranks=session.world_size, bf16=bf16)
-    build_ops()
+    build_ops(say=lambda text: _note(session, text))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
 
     transformers.set_seed(config.seed)
@@ -159,6 +162,12 @@ def build_worker(job: Job, session: Session) -> Worker:
     return Worker(
         job, session, engine, pairs, plan, PairMetrics(session.device), total_steps, clipper
     )
+
+
+def _note(session: Session, text: str) -> None:
+    if session.rank == 0:
+        session.send("note", {"text": text})
+    logger.info("%s", text)
 
 
 def load_model(job: Job) -> Any:
@@ -284,11 +293,11 @@ def resume(worker: Worker) -> State:
 
 
 def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
-    """Refuse a checkpoint of another run: continuing would train something that nobody asked for."""
+    """Refuse a checkpoint of another run: to go on would train something nobody asked for."""
     if manifest["identity"] != worker.job.identity:
         raise CheckpointError(
-            f"{folder}: is of another run: of another model, other pairs or other settings. Give this "
-            "run another output_dir or run_name, or go back to the settings in its run.json."
+            f"{folder}: is of another run: of another model, other pairs or other settings. Give "
+            "this run another output_dir or run_name, or go back to the settings in its run.json."
         )
     if manifest["num_ranks"] != worker.session.world_size:
         raise CheckpointError(

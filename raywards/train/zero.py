@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from raywards.config import RewardConfig
 from raywards.errors import ConfigError, TrainingError
-
-logger = logging.getLogger(__name__)
 
 
 def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str, Any]:
@@ -78,7 +75,7 @@ def fill_model_sizes(settings: dict[str, Any], hidden_size: int) -> None:
             zero[name] = size
 
 
-def build_ops(*, say: Any = logger.warning) -> None:
+def build_ops(say: Callable[[str], None]) -> None:
     """Get DeepSpeed's one native op ready to build, and tell of the wait.
 
     DeepSpeed compiles it when it is first initialised (about a minute). A build that was killed
@@ -89,7 +86,7 @@ def build_ops(*, say: Any = logger.warning) -> None:
     build = _build_folder()
     lock = build / "lock"
     if lock.is_file() and not _is_being_built(build):
-        say("Removing %s, which a build that was killed left behind.", lock)
+        say(f"Removing {lock}, which a build that was killed left behind.")
         lock.unlink(missing_ok=True)
     if any(build.glob("*.so")):
         return
@@ -172,8 +169,11 @@ def _fill(settings: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _refuse_auto_left(settings: Mapping[str, Any], path: str = "deepspeed") -> None:
-    by_model = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
-    by_model += ("stage3_param_persistence_threshold",)
+    by_model = (
+        "reduce_bucket_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+    )
     for name, value in settings.items():
         if isinstance(value, Mapping):
             _refuse_auto_left(value, f"{path}.{name}")
@@ -189,7 +189,7 @@ def _build_folder() -> Path:
 
 
 def _is_being_built(build: Path) -> bool:
-    """Whether a ninja works in the build folder; a young lock counts too: ninja may not be up yet."""
+    """Whether a ninja works in the build folder, or its lock is so young that one may come."""
     import psutil
 
     try:

@@ -1,0 +1,180 @@
+"""A job on Ray Train, from the driver's side: worker group, restarts, and the messages of rank 0.
+
+Which restarts make sense is decided here: a lost worker, yes; an error that another attempt would
+meet again, no.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from raywards.errors import ConfigError, RaywardsError, TrainingError
+from raywards.train.loop import train
+from raywards.train.runlog import RunLog
+from raywards.train.session import RaySession
+from raywards.train.worker import Job
+
+logger = logging.getLogger(__name__)
+
+
+def connect() -> Any:
+    """The `ray` module, connected: to the cluster of RAY_ADDRESS, or to a new local one."""
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError(
+            "num_workers above 0 needs Ray: pip install 'raywards[train]', or set num_workers=0."
+        ) from None
+    if not ray.is_initialized():
+        ray.init()
+    return ray
+
+
+def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -> None:
+    """Train `job` on a Ray Train worker group; `explicit` is a checkpoint to start from.
+
+    Raises the worker's own error where starting again cannot mend it, `TrainingError` where the
+    restarts are used up.
+    """
+    config, paths = job.config, job.paths
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    ray = connect()
+    mailbox = _start_mailbox(ray)
+    resources = dict(config.resources_per_worker or {})  # type: ignore[arg-type]
+    cpus = int(resources.setdefault("CPU", 1))
+    trainer = TorchTrainer(
+        _run_worker,
+        train_loop_config={
+            "job": job, "mailbox": mailbox, "explicit": explicit, "threads": max(1, cpus)
+        },
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=config.ddp_timeout
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=paths.name,
+            storage_path=str(paths.storage),
+            # A request that the cluster can never meet is otherwise retried for ever.
+            failure_config=FailureConfig(
+                max_failures=config.max_failures, controller_failure_limit=5
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.save_total_limit),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, cpus))}},
+        ),
+    )  # fmt: skip
+    reader = _Reader(ray, mailbox, log)
+    try:
+        trainer.fit()
+    except Exception as error:
+        reader.close()
+        if reader.error is None:
+            raise TrainingError(
+                f"The run failed, after up to {config.max_failures} restarts: {_reason(error)}\n"
+                f"Checkpoints so far are in {paths.run}; started again, it goes on there."
+            ) from error
+    finally:
+        reader.close()
+        ray.kill(mailbox)
+    if reader.error is not None:
+        raise reader.error
+
+
+class _Mailbox:
+    """An actor between rank 0 and the driver: keeps messages in order until they are fetched."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[str, dict[str, Any]]] = []
+        self._failed = False
+
+    def put(self, kind: str, record: dict[str, Any]) -> None:
+        self._failed = self._failed or kind == "error"
+        self._messages.append((kind, record))
+
+    def take(self) -> list[tuple[str, dict[str, Any]]]:
+        messages, self._messages = self._messages, []
+        return messages
+
+    def failed(self) -> bool:
+        """Whether a worker has met an error that starting again cannot mend."""
+        return self._failed
+
+
+class _Reader:
+    """A thread that moves messages from the mailbox into the log while `fit()` blocks."""
+
+    def __init__(self, ray: Any, mailbox: Any, log: RunLog) -> None:
+        self.error: RaywardsError | None = None
+        self._ray, self._mailbox, self._log = ray, mailbox, log
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="raywards-log", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            self._fetch()
+
+    def _read(self) -> None:
+        while not self._closed.wait(0.25):
+            self._fetch()
+
+    def _fetch(self) -> None:
+        try:
+            messages = self._ray.get(self._mailbox.take.remote(), timeout=30)
+        except self._ray.exceptions.RayError as error:
+            # Records are lost then, not training: the workers and checkpoints do not need us.
+            logger.warning("the run's log could not be read: %s", error)
+            return
+        for kind, record in messages:
+            if kind == "error":
+                self.error = self.error or record["error"]
+            else:
+                self._log.take(kind, record)
+
+
+def _run_worker(config: dict[str, Any]) -> None:
+    """What Ray Train calls on every worker."""
+    import ray
+
+    mailbox, job = config["mailbox"], config["job"]
+    if ray.get(mailbox.failed.remote()):
+        return  # the last attempt met an error that another cannot mend
+    torch.set_num_threads(config["threads"])
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    session = RaySession(mailbox.put.remote, explicit=config["explicit"])
+    try:
+        train(job, session)
+    except RaywardsError as error:
+        ray.get(mailbox.put.remote("error", {"error": error}))
+        raise
+
+
+def _start_mailbox(ray: Any) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On the driver's node: where it dies, the run dies with its driver anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what the workers failed with."""
+    failures = getattr(error, "worker_failures", None)
+    causes = list(failures.values()) if failures else [error]
+    return (
+        str(causes[0]).strip().splitlines()[-1][:500] if str(causes[0]).strip() else repr(causes[0])
+    )
