@@ -196,13 +196,15 @@ class Scorer:
         checked = list(ids)
         if not checked:
             raise ConversationError("no tokens: there is nothing to score.", reason="empty")
-        for place, id_ in enumerate(checked):
-            if type(id_) is not int or not 0 <= id_ < self.vocab_size:
-                raise ConversationError(
-                    f"input_ids[{place}] is {id_!r:.40}; expected an integer from 0 to "
-                    f"{self.vocab_size - 1}.",
-                    reason="not_in_vocabulary",
-                )
+        # The first line is the fast one; the loop finds the place.
+        if set(map(type, checked)) != {int} or min(checked) < 0 or max(checked) >= self.vocab_size:
+            for place, id_ in enumerate(checked):
+                if type(id_) is not int or not 0 <= id_ < self.vocab_size:
+                    raise ConversationError(
+                        f"input_ids[{place}] is {id_!r:.40}; expected an integer from 0 to "
+                        f"{self.vocab_size - 1}.",
+                        reason="not_in_vocabulary",
+                    )
         if len(checked) > self.max_length:
             if truncation == "error":
                 raise ConversationError(
@@ -213,12 +215,38 @@ class Scorer:
             checked = truncate(checked, self.max_length, truncation)
         return checked
 
-    @torch.inference_mode()
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward of each sequence of token ids, in order.
 
-        Raises `NonFiniteError` naming the first sequence whose reward is NaN or infinite.
+        Raises `ConversationError` where `check_ids` would, and `NonFiniteError` naming the first
+        sequence whose reward is NaN or infinite.
         """
+        return self._forward([self.check_ids(ids) for ids in sequences])
+
+    def verify(self) -> None:
+        """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
+
+        A foreign model has none stored; its probe is that it gives a finite reward.
+        """
+        if self._manifest is None:
+            self._forward([[0, min(1, self.vocab_size - 1)]])
+            return
+        stored = self._manifest["rewards"]
+        found = self._forward([probe["input_ids"] for probe in stored])
+        worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
+        # The stored rewards have the rounding of the type they were stored in.
+        bounds = self._manifest["bounds"]
+        types = (self.info["dtype"], self._manifest["dtype"])
+        bound = max(bounds.get(name, bounds["bfloat16"]) for name in types)
+        if not worst <= bound:
+            raise CheckpointError(
+                f"{self.info['model']}: rewards differ by {worst:.3g} from those stored with the "
+                f"export, and {bound:.3g} is allowed in {self.info['dtype']}. The "
+                "weights, or the software that runs them, are not what was exported."
+            )
+
+    @torch.inference_mode()
+    def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         rewards = [math.nan] * len(sequences)
         lengths = [len(ids) for ids in sequences]
         plan = fill(lengths, max_tokens=self._max_batch_tokens, max_sequences=_MAX_BATCH_SEQUENCES)
@@ -236,28 +264,6 @@ class Scorer:
                     index=i,
                 )
         return rewards
-
-    def verify(self) -> None:
-        """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
-
-        A foreign model has none stored; its probe is that it gives a finite reward.
-        """
-        if self._manifest is None:
-            self.score_ids([[self._pad_id, min(1, self.vocab_size - 1)]])
-            return
-        stored = self._manifest["rewards"]
-        found = self.score_ids([probe["input_ids"] for probe in stored])
-        worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
-        # The stored rewards have the rounding of the type they were stored in.
-        bounds = self._manifest["bounds"]
-        types = (self.info["dtype"], self._manifest["dtype"])
-        bound = max(bounds.get(name, bounds["bfloat16"]) for name in types)
-        if not worst <= bound:
-            raise CheckpointError(
-                f"{self.info['model']}: rewards differ by {worst:.3g} from those stored with the "
-                f"export, and {bound:.3g} is allowed in {self.info['dtype']}. The "
-                "weights, or the software that runs them, are not what was exported."
-            )
 
     @property
     def _takes_messages(self) -> bool:

@@ -34,6 +34,8 @@ from raywards.loader import load_tokenizer
 from raywards.packing import pad
 from raywards.rendering import Rendering
 
+torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
+
 # ---------------------------------------------------------------- manifests
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from raywards.model import Float32Linear, RewardModel, disable_dropout, stock_head
 from raywards.packing import pad, pooled_position
 
+torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
+
 VOCAB, PAD = 64, 1
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
