@@ -1,8 +1,8 @@
 """The whole way on one machine: `make demo`, or `raywards quickstart`.
 
 Makes a tiny model and preferences that it can learn, trains it on two Ray Train workers with
-ZeRO-2, exports it, serves it, and scores held-out pairs over HTTP. Nothing is fetched, nothing is left
-running. Read it as the shortest complete program on raywards.
+ZeRO-2, exports it, serves it, and scores held-out pairs over HTTP. Nothing is fetched, nothing is
+left running. Read it as the shortest complete program on raywards.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _TEMPLATE = (
 _ASKS = ("How do I", "Could you show me how to", "What is the best way to", "Please help me")
 _TASKS = (
     "bake bread", "learn Spanish", "fix a flat tyre", "write a poem", "plant tomatoes",
-    "tune a guitar", "pack for a trip", "read a map", "knit a scarf", "brew coffee", "train a puppy", "save money",
+    "tune a guitar", "pack for a trip", "read a map", "knit a scarf",
+    "brew coffee", "train a puppy", "save money",
 )  # fmt: skip
 _KIND = (
     "Gladly! First, gather what you need", "Here is a simple way to begin", "Good question",

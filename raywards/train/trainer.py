@@ -152,7 +152,7 @@ class RewardTrainer:
                 demands that there is one.
 
         Returns:
-            `global_step`, `training_loss`, and `metrics`: run time, rows left out, held-out metrics.
+            `global_step`, `training_loss`, and `metrics`: time, rows left out, held-out metrics.
 
         Raises:
             RowError, ConfigError, ModelError: Before any worker starts.
@@ -167,8 +167,8 @@ class RewardTrainer:
         zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
-                f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and RewardTrainer "
-                "was given none."
+                f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
+                "RewardTrainer was given none."
             )
         self._check_model()
         job = self._prepare_job()

@@ -1,0 +1,112 @@
+"""TRL's own reward script with its imports changed, and the parts of the trainer it touches."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from preferences_data import conversation_rows
+from tiny import tiny_qwen2
+
+from raywards import RewardConfig, RewardTrainer, Scorer
+from raywards.checkpoint import read_manifest
+from raywards.errors import CheckpointError, ConfigError
+
+
+def test_the_reward_script_of_trl_runs_with_its_imports_changed(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("trl")
+    if spec is None or spec.origin is None:
+        pytest.skip("TRL is not installed")
+    source = (Path(spec.origin).parent / "scripts" / "reward.py").read_text()
+    script = tmp_path / "reward.py"
+    changed = source.replace(
+        "from trl import RewardTrainer, get_dataset",
+        "from raywards import RewardTrainer\n    from trl import get_dataset",
+    ).replace(
+        "from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, ",
+        "from raywards import RewardConfig\n    from trl import DatasetMixtureConfig, ModelConfig, ",
+    )
+    assert changed.count("from raywards import") == 2, "TRL's script has changed: look at it again"
+    script.write_text(changed)
+    tiny_qwen2(tmp_path / "model", num_labels=None)
+    for split, rows in (("train", conversation_rows(24)), ("test", conversation_rows(6, seed=1))):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(lines)
+    done = subprocess.run(
+        [
+            sys.executable, str(script),
+            "--model_name_or_path", str(tmp_path / "model"),
+            "--dataset_name", str(tmp_path / "data"),
+            "--output_dir", str(tmp_path / "out"),
+            "--num_train_epochs", "1",
+            "--per_device_train_batch_size", "8",
+            "--learning_rate", "1e-3",
+            "--eval_strategy", "epoch",
+            "--num_workers", "0",
+            "--bf16", "False",
+            "--use_cpu",
+        ],
+        env=os.environ, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Training completed" in done.stderr
+    assert "eval_accuracy" in (tmp_path / "out" / "metrics.jsonl").read_text()
+    read_manifest(tmp_path / "out", kind="export")  # the script's save_model(output_dir)
+    Scorer.from_pretrained(tmp_path / "out").verify()
+
+
+def test_push_to_hub_uploads_the_finished_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub itself cannot be reached from a test: its client is replaced."""
+    import huggingface_hub
+
+    uploads = []
+
+    class Hub:
+        def __init__(self, token: str | None) -> None:
+            self.token = token
+
+        def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> object:
+            assert exist_ok
+            return type("Repo", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
+            uploads.append(
+                (self.token, repo_id, sorted(p.name for p in Path(folder_path).iterdir()))
+            )
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    model = tiny_qwen2(tmp_path / "model", num_labels=None)
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(
+            output_dir=str(tmp_path / "my-rm"),
+            num_workers=0,
+            use_cpu=True,
+            bf16=False,
+            max_steps=1,
+            hub_token="secret",
+            push_to_hub=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(conversation_rows(8)),
+    )
+    with pytest.raises(CheckpointError, match="no export yet"):
+        trainer.push_to_hub()
+    trainer.train()
+    [(token, repo, files)] = uploads
+    assert (token, repo) == ("secret", "me/my-rm")
+    assert {"model.safetensors", "config.json", "raywards.json"} <= set(files)
+    assert "secret" not in (tmp_path / "my-rm" / "run.json").read_text()
+    assert "secret" not in (tmp_path / "my-rm" / "export" / "raywards.json").read_text()
+    with pytest.raises(ConfigError, match="blocking"):
+        trainer.push_to_hub(blocking=True)
