@@ -160,7 +160,7 @@ class RewardConfig:
     """Upload the export when training ends."""
     hub_model_id: str | None = None
     """Repository to upload to. Default: the last part of `output_dir`."""
-    hub_token: str | None = Field(default=None, repr=False)
+    hub_token: str | None = dataclasses.field(default=None, repr=False)
     """Token for the upload."""
     hub_private_repo: bool | None = None
     """Make the repository private."""

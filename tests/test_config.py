@@ -1,0 +1,450 @@
+"""Settings: TRL's names, one screen for each mistake, flags over YAML, and no secret told."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raywards.config import (
+    RewardConfig,
+    RunPaths,
+    ScoreConfig,
+    ServeConfig,
+    TrainJob,
+    as_dict,
+    freeze,
+)
+from raywards.errors import ConfigError
+from raywards.settings import field_names, help_text, read_settings
+from raywards.trl_fields import REFUSED
+
+CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl"]
+
+# Defaults of TRL that are not ours, and why.
+OTHER_DEFAULTS = {
+    "deepspeed": "raywards trains with DeepSpeed: stage 2 is the default",
+    "disable_tqdm": "TRL's None is False unless its log level is high",
+}
+# Refused although TRL's RewardConfig has no such field: arguments of TRL's trainer.
+NOT_FIELDS_OF_TRL = {"data_collator"}
+
+
+def read(*argv: str) -> tuple[TrainJob, RewardConfig]:
+    job, config = read_settings([*REQUIRED, *argv], [TrainJob, RewardConfig])
+    return job, config
+
+
+def one_screen(error: ConfigError) -> str:
+    text = str(error)
+    assert len(text.splitlines()) <= 12, text
+    assert all(len(line) <= 300 for line in text.splitlines()), text
+    assert "pydantic" not in text
+    return text
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"learning_rat": 1e-4}, ["learning_rat:", "Did you mean 'learning_rate'?"]),
+    ({"warmup_step": 3}, ["Did you mean 'warmup_steps'?"]),
+    ({"per_device_batch_size": 3}, ["Did you mean 'per_device_"]),
+    ({"zzzz": 1}, ["zzzz: no such setting."]),
+    ({"learning_rate": "fast"}, ["learning_rate:", "number", "'fast'"]),
+    ({"learning_rate": -1}, ["learning_rate:", "greater than or equal to 0", "-1"]),
+    ({"num_train_epochs": 0}, ["num_train_epochs:", "greater than 0"]),
+    ({"max_steps": 0}, ["max_steps:", "positive number of steps"]),
+    ({"max_steps": -2}, ["max_steps:", "positive number of steps"]),
+    ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size:", "got 0"]),
+    ({"per_device_train_batch_size": 1.5}, ["per_device_train_batch_size:", "integer"]),
+    ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps:", "'two'"]),
+    ({"adam_beta1": 1.0}, ["adam_beta1:", "less than 1"]),
+    ({"seed": -1}, ["seed:"]),
+    ({"bf16": "maybe"}, ["bf16:", "'maybe'"]),
+    ({"truncation": "middle"}, ["truncation:", "'drop', 'left' or 'right'", "'middle'"]),
+    ({"eval_strategy": "sometimes"}, ["eval_strategy:", "'no', 'steps' or 'epoch'"]),
+    ({"lr_scheduler_type": "cosin"}, ["lr_scheduler_type:", "'cosine'"]),
+    ({"model_init_kwargs": "dtype"}, ["model_init_kwargs:", "mapping", "'dtype'"]),
+    ({"model_init_kwargs": '{"dtype": '}, ["model_init_kwargs:", "mapping"]),
+    ({"resources_per_worker": "[1]"}, ["resources_per_worker:", "mapping"]),
+    ({"resources_per_worker": 4}, ["resources_per_worker"]),
+    ({"storage_path": "s3://bucket"}, ["storage_path:", "folder that every node sees"]),
+    ({"max_failures": -2}, ["max_failures:"]),
+    ({"num_workers": -1}, ["num_workers:", "-1"]),
+    ({"logging_steps": 0}, ["logging_steps:"]),
+    ({"output_dir": 3}, ["output_dir:", "string"]),
+    ({"max_length": 0}, ["max_length:"]),
+    ({"on_bad_row": "ignore"}, ["on_bad_row:", "'error' or 'drop'"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), MISTAKES, ids=lambda case: str(case)[:50])
+def test_a_wrong_setting_is_one_screen_that_names_it(
+    settings: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    [(name, value)] = settings.items()
+    with pytest.raises(ConfigError) as caught:
+        RewardConfig(**settings)
+    assert all(part in one_screen(caught.value) for part in [name, *told]), str(caught.value)
+
+    config = RewardConfig()
+    with pytest.raises(ConfigError) as caught:
+        setattr(config, name, value)
+    assert all(part in one_screen(caught.value) for part in [name, *told]), str(caught.value)
+    assert config == RewardConfig()
+
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(file))
+    assert all(part in one_screen(caught.value) for part in [name, *told]), str(caught.value)
+
+
+def test_several_mistakes_are_told_together_and_many_are_counted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RewardConfig(learning_rate=-1, seed=-1, bf16="perhaps")
+    assert all(name in one_screen(caught.value) for name in ("learning_rate", "seed", "bf16"))
+    numbers = [f.name for f in dataclasses.fields(RewardConfig) if f.type is not str][:30]
+    with pytest.raises(ConfigError, match=r"and \d+ more"):
+        RewardConfig(**{name: object() for name in numbers})
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--learning-rat", "1"], "Did you mean 'learning_rate'?"),
+        (["--learning_rat"], "Did you mean 'learning_rate'?"),
+        (["--learning_rate"], "--learning_rate: expected a value after it"),
+        (["--config"], "--config: expected a value after it"),
+        (["--learning_rate", "--bf16"], "--learning_rate: expected a value after it"),
+        (["learning_rate", "1"], "'learning_rate': expected a flag"),
+        (["-lr", "1"], "'-lr': expected a flag"),
+        (["--bf16", "yep"], "bf16:"),
+        (["--max_steps=ten"], "max_steps:"),
+        (["--dtype", "bf16"], "dtype:"),
+        (["--fp16"], "fp16: raywards does not support"),
+        (["--fp16", "True"], "Use `bf16=True`"),
+        (["--report_to", "wandb"], "report_to: raywards does not support"),
+    ],
+)
+def test_a_wrong_flag_is_one_screen_that_names_it(argv: list[str], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(*argv)
+    assert told in one_screen(caught.value)
+
+
+def test_a_required_flag_that_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="model_name_or_path: is required"):
+        read_settings(["--dataset_name", "d"], [TrainJob, RewardConfig])
+
+
+# ---------------------------------------------------------------- TRL's settings
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_raywards_does_not_take_from_trl_is_refused_with_advice(name: str) -> None:
+    strange = "something-else"
+    with pytest.raises(ConfigError) as caught:
+        RewardConfig(**{name: strange})
+    assert name in one_screen(caught.value)
+    assert REFUSED[name].instead in str(caught.value)
+    with pytest.raises(ConfigError, match=name):
+        setattr(RewardConfig(), name, strange)
+    with pytest.raises(ConfigError, match=name):
+        read(f"--{name}", strange)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name, refused in REFUSED.items() for value in refused.neutral],
+)
+def test_a_value_that_changes_nothing_is_accepted(name: str, value: Any, tmp_path: Path) -> None:
+    assert RewardConfig(**{name: value}) == RewardConfig()
+    config = RewardConfig()
+    setattr(config, name, value)
+    assert config == RewardConfig()
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({name: value}))
+    assert read("--config", str(file))[1] == RewardConfig()
+    if value != [] and not isinstance(value, list):
+        assert read(f"--{name}={value}")[1] == RewardConfig()
+
+
+def test_every_setting_of_trl_is_ours_or_refused_and_nothing_is_both() -> None:
+    trl = pytest.importorskip("trl")
+    theirs = {field.name for field in dataclasses.fields(trl.RewardConfig)}
+    ours = set(field_names(RewardConfig))
+    assert len(theirs) > 100
+    assert theirs - ours - set(REFUSED) == set()
+    assert set(REFUSED) - theirs == NOT_FIELDS_OF_TRL
+    assert ours & set(REFUSED) == set()
+
+
+def default_of(field: Any) -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def test_shared_defaults_are_trls_except_the_ones_written_down() -> None:
+    trl = pytest.importorskip("trl")
+    theirs = {f.name: default_of(f) for f in dataclasses.fields(trl.RewardConfig)}
+    ours = as_dict(RewardConfig()) | {"hub_token": RewardConfig().hub_token}
+    shared = set(theirs) & set(ours)
+    assert len(shared) > 40
+    assert {name for name in shared if theirs[name] != ours[name]} == set(OTHER_DEFAULTS)
+
+
+def test_a_default_of_trl_that_is_refused_is_accepted_when_spelled_out() -> None:
+    trl = pytest.importorskip("trl")
+    fields = {f.name: default_of(f) for f in dataclasses.fields(trl.RewardConfig)}
+    refused = {name: fields[name] for name in REFUSED if name in fields}
+    assert RewardConfig(**refused) == RewardConfig()
+
+
+def test_the_enums_of_transformers_are_taken() -> None:
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+
+    config = RewardConfig(
+        eval_strategy=IntervalStrategy.STEPS,
+        save_strategy=SaveStrategy.EPOCH,
+        lr_scheduler_type=SchedulerType.COSINE,
+        logging_strategy=IntervalStrategy.STEPS,
+    )
+    assert (config.eval_strategy, config.save_strategy) == ("steps", "epoch")
+    assert config.lr_scheduler_type == "cosine"
+
+
+FLAGS = [
+    "--output_dir", "out", "--learning_rate", "3e-5", "--bf16", "False", "--max_steps", "7",
+    "--eval_strategy", "steps", "--model_init_kwargs", '{"dtype": "bfloat16"}',
+    "--deepspeed", "3", "--max_length", "64", "--num_workers", "2",
+]  # fmt: skip
+PARSED = RewardConfig(
+    output_dir="out", learning_rate=3e-5, bf16=False, max_steps=7, eval_strategy="steps",
+    model_init_kwargs={"dtype": "bfloat16"}, deepspeed=3, max_length=64, num_workers=2,
+)  # fmt: skip
+
+
+def test_hf_argument_parser_parses_it() -> None:
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(RewardConfig)  # type: ignore[arg-type]
+    [config] = parser.parse_args_into_dataclasses(FLAGS)
+    assert config == PARSED
+    assert "Peak learning rate of AdamW" in parser.format_help()
+    [from_dict] = parser.parse_dict({"learning_rate": 0.5, "deepspeed": {"steps_per_print": 1}})
+    assert from_dict.learning_rate == 0.5
+    assert from_dict.deepspeed == {"steps_per_print": 1}
+
+
+def test_trl_parser_parses_it(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    file = tmp_path / "config.yaml"
+    file.write_text("dataset_name: d\nlearning_rate: 0.1\nlogging_steps: 3\n")
+    parser = trl.TrlParser((trl.ScriptArguments, RewardConfig, trl.ModelConfig))
+    script, config, _ = parser.parse_args_and_config(["--config", str(file), *FLAGS])
+    assert script.dataset_name == "d"
+    expected = copy.copy(PARSED)
+    expected.logging_steps = 3
+    assert config == expected
+
+
+def test_our_own_flags_say_the_same() -> None:
+    assert read(*FLAGS)[1] == PARSED
+
+
+# ---------------------------------------------------------------- YAML and flags
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "model_name_or_path: from-yaml\nlearning_rate: 1e-3\nseed: 1\n"
+        "lr_scheduler_kwargs: {min_lr: 1e-6}\neval_strategy: no\nrun_name: none\n"
+    )
+    job, config = read_settings(
+        ["--config", str(file), "--dataset_name=a.jsonl,b.jsonl", "--seed", "2", "--use-cpu"],
+        [TrainJob, RewardConfig],
+    )
+    assert job.model_name_or_path == "from-yaml"
+    assert job.dataset_name == ["a.jsonl", "b.jsonl"]
+    assert (config.learning_rate, config.seed, config.use_cpu) == (1e-3, 2, True)
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert config.eval_strategy == "no"
+    assert config.run_name is None
+    assert config.logging_steps == 10
+
+
+def test_none_and_json_are_read_from_flags() -> None:
+    _, config = read(
+        "--max_length", "None", "--run_name", "null", "--gradient_checkpointing_kwargs",
+        '{"use_reentrant": true}', "--deepspeed", '{"zero_optimization": {"stage": 1}}',
+        "--resources_per_worker={CPU: 4, GPU: 1}",
+    )  # fmt: skip
+    assert config.max_length is None
+    assert config.run_name is None
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    assert config.deepspeed == {"zero_optimization": {"stage": 1}}
+    assert config.resources_per_worker == {"CPU": 4, "GPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "there is no such file"),
+        ("learning_rate: [1", "not valid YAML"),
+        ("- learning_rate", "got a list"),
+        ("just text", "got a str"),
+        ("seed: 1\nseed: 2", "'seed' appears twice"),
+        ("config: other.yaml", "config: no such setting"),
+        (b"\xff\xfe\xfa", "not valid YAML"),
+    ],
+)
+def test_a_config_file_that_cannot_be_used_is_named(
+    content: str | bytes | None, told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    if content is not None:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ConfigError) as caught:
+        read("--config", str(file))
+    assert told in one_screen(caught.value)
+
+
+def test_a_config_file_that_is_missing_is_answered_with_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "one_gpu.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError, match=r"Did you mean 'one_gpu\.yaml'\?"):
+        read("--config", str(tmp_path / "one_gpus.yaml"))
+
+
+def test_an_empty_config_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").write_text("# nothing\n")
+    assert read("--config", str(tmp_path / "empty.yaml"))[1] == RewardConfig()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_the_configs_of_the_jobs_can_be_read(file: Path) -> None:
+    job, config = read_settings(["--config", str(file)], [TrainJob, RewardConfig])
+    written = yaml.safe_load(file.read_text())
+    assert {name for name in written if name not in field_names(TrainJob)} <= set(
+        field_names(RewardConfig)
+    )
+    assert job.model_name_or_path == written["model_name_or_path"]
+    assert config.num_workers == written["num_workers"]
+    assert isinstance(config.learning_rate, float)
+
+
+def test_there_are_configs_of_three_sizes() -> None:
+    assert {f.stem for f in CONFIGS} >= {"tiny_cpu", "one_gpu", "eight_gpus_zero3"}
+
+
+def test_help_names_every_setting_with_its_meaning() -> None:
+    text = help_text([TrainJob, RewardConfig])
+    for cls in (TrainJob, RewardConfig):
+        for name in field_names(cls):
+            assert f"--{name}  (" in text
+    for cls in (RewardConfig, ServeConfig, ScoreConfig, TrainJob):
+        fields: Any = getattr(cls, "__pydantic_fields__", None) or cls.model_fields  # type: ignore[union-attr]
+        assert len(fields) > 5
+        assert [name for name, field in fields.items() if not field.description] == []
+
+
+# ---------------------------------------------------------------- the object itself
+
+
+def test_a_frozen_config_refuses_assignment() -> None:
+    config = RewardConfig(seed=3)
+    config.seed = 4
+    freeze(config)
+    with pytest.raises(ConfigError, match="seed: training has started"):
+        config.seed = 5
+    assert config.seed == 4
+
+
+def test_a_config_survives_pickle_and_copies() -> None:
+    config = RewardConfig(output_dir="x", deepspeed={"a": 1}, model_init_kwargs='{"dtype": "auto"}')
+    for clone in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert clone == config
+        with pytest.raises(ConfigError, match="learning_rat"):
+            clone.learning_rat = 1
+    assert dataclasses.replace(config, seed=9).seed == 9
+    serving = ServeConfig(model="m", api_key="k")  # type: ignore[arg-type]
+    assert pickle.loads(pickle.dumps(serving)) == serving
+
+
+def test_a_config_as_a_dict_makes_the_same_config_and_is_plain_json() -> None:
+    config = RewardConfig(output_dir="x", deepspeed=3, model_init_kwargs={"dtype": "auto"})
+    assert RewardConfig(**json.loads(json.dumps(as_dict(config)))) == config
+
+
+SECRET = "hf_DoNotTellAnyone"
+
+
+def test_no_secret_is_told() -> None:
+    config = RewardConfig(hub_token=SECRET, model_init_kwargs={"token": SECRET, "revision": "v1"})
+    assert config.hub_token == SECRET
+    assert SECRET not in repr(RewardConfig(hub_token=SECRET))
+    assert SECRET not in str(as_dict(config))
+    assert as_dict(config)["model_init_kwargs"] == {"revision": "v1"}
+    assert config.model_init_kwargs == {"token": SECRET, "revision": "v1"}
+    serving = ServeConfig(model="m", api_key=SECRET)  # type: ignore[arg-type]
+    assert SECRET not in repr(serving) + str(serving.model_dump())
+    for wrong in (
+        lambda: RewardConfig(hub_token=[SECRET]),
+        lambda: ServeConfig(model="m", api_key=[SECRET]),
+    ):  # type: ignore[list-item, arg-type]
+        with pytest.raises(ConfigError) as caught:
+            wrong()
+        assert SECRET not in str(caught.value)
+
+
+def test_paths_are_absolute_and_storage_holds_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = RunPaths.of(RewardConfig(output_dir="runs/one"))
+    assert paths.run == tmp_path / "runs/one"
+    assert paths.export == tmp_path / "runs/one/export"
+    shared = RunPaths.of(RewardConfig(output_dir="one", storage_path="/mnt/x", run_name="two"))
+    assert shared.run == Path("/mnt/x/two")
+    assert RunPaths.of(RewardConfig()).run.is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "model: is required"),
+        ({"modle": "m", "model": "m"}, "modle: no such setting. Did you mean 'model'?"),
+        ({"model": "m", "look_back_period_s": 2}, "three times metrics_interval_s"),
+        ({"model": "m", "min_replicas": 3, "max_replicas": 2}, "max_replicas=2"),
+        ({"model": "m", "max_length": 9, "max_batch_tokens": 8}, "max_batch_tokens=8"),
+        ({"model": "m", "route_prefix": "rm"}, "must start with '/'"),
+        ({"model": "m", "port": 70000}, "port:"),
+        ({"model": "m", "dtype": "bf16"}, "dtype:"),
+        ({"model": "m", "request_timeout_s": 0}, "request_timeout_s:"),
+    ],
+)
+def test_serving_settings_that_do_not_agree_are_refused(
+    settings: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServeConfig(**settings)
+    assert told in one_screen(caught.value)
+    argv = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    with pytest.raises(ConfigError) as caught:
+        read_settings(argv, [ServeConfig])
+    assert told.removeprefix("modle: ") in one_screen(caught.value)
+
+
+def test_serving_settings_are_frozen_and_refuse_what_is_of_training() -> None:
+    config = ServeConfig(model="m")
+    with pytest.raises(ValueError, match="frozen"):
+        config.port = 1  # type: ignore[misc]
+    with pytest.raises(ConfigError, match="fp16: no such setting"):
+        read_settings(["--model", "m", "--fp16", "True"], [ServeConfig])
