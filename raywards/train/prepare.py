@@ -110,8 +110,8 @@ def prepare(
     row_sets = read_rows(source, split=split)
     fingerprint = _fingerprint(row_sets, rendering, settings)
     folder = parent / f"{name}-{fingerprint[:16]}"
-    if (folder / "prepared.json").is_file():
-        prepared = _read(folder)
+    prepared = _find(folder)
+    if prepared is not None:
         logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
         return prepared
     parent.mkdir(parents=True, exist_ok=True)
@@ -120,13 +120,12 @@ def prepare(
     try:
         summary = _write_shards(row_sets, rendering, settings, partial, num_proc)
         _refuse_nothing_left(name, summary)
-        summary = {"format": _FORMAT, "fingerprint": fingerprint, **summary}
+        shards = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        summary = {"format": _FORMAT, "fingerprint": fingerprint, **summary, "shards": shards}
         (partial / "prepared.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # what an older format left there
-        os.replace(partial, folder)
+        prepared = _put(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    prepared = _read(folder)
     _tell(name, prepared)
     return prepared
 
@@ -180,7 +179,7 @@ def _write_shards(
     if writer is not None:
         writer.finalize()
     if bad:
-        raise _together(bad)
+        raise _together(bad, num_rows)
     return {
         "num_rows": num_rows,
         "num_pairs": num_pairs,
@@ -259,12 +258,17 @@ def _chunks(row_set: RowSet) -> Iterator[tuple[list[RowRef], list[Mapping[str, A
         start += len(rows)
 
 
-def _together(bad: list[RowError]) -> RowError:
-    """The first bad row's error, with the next ones listed below it."""
+def _together(bad: list[RowError], num_rows: int) -> RowError:
+    """The first bad row's error, with the next ones of the `num_rows` read listed below it."""
     first, *others = bad
     if not others:
         return first
-    lines = [f"  {error.source} row {error.row}: {error.reason}" for error in others]
+    lines = [
+        f"  {error.source} row {error.row}: {error.reason} ({REASONS[error.reason]})"
+        for error in others[: _BAD_ROWS_SHOWN - 1]
+    ]
+    if len(bad) > _BAD_ROWS_SHOWN:
+        lines.append(f"  and {len(bad) - _BAD_ROWS_SHOWN} more among the {num_rows} rows read")
     message = "\n".join([str(first), "Other rows that cannot become pairs:", *lines])
     message += "\nMend them, or set on_bad_row='drop' to leave such rows out and count them."
     return RowError(message, **vars(first))
@@ -290,7 +294,24 @@ def _reasons(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {reason} ({REASONS[reason]})" for reason, n in dropped.items())
 
 
-def _read(folder: Path) -> Prepared:
-    summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+def _put(partial: Path, folder: Path) -> Prepared:
+    """Give a finished folder its name; another run that was faster with the same is as good."""
+    prepared = _find(folder)
+    if prepared is None:
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or of an older format
+        os.replace(partial, folder)
+        prepared = _find(folder)
+        assert prepared is not None
+    return prepared
+
+
+def _find(folder: Path) -> Prepared | None:
+    """What a prepared folder holds, or None where it is not whole."""
+    try:
+        summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
+        shards = summary.pop("shards")
+        whole = all((folder / name).stat().st_size == size for name, size in shards.items())
+    except (OSError, ValueError, KeyError):
+        return None
     summary.pop("format")
-    return Prepared(folder=folder, **summary)
+    return Prepared(folder=folder, **summary) if whole else None
