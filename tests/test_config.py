@@ -338,6 +338,12 @@ def test_the_configs_of_the_jobs_can_be_read(file: Path) -> None:
     assert job.model_name_or_path == written["model_name_or_path"]
     assert config.num_workers == written["num_workers"]
     assert isinstance(config.learning_rate, float)
+    from raywards.train.zero import stage_of, zero_config
+
+    settings = zero_config(config, num_ranks=config.num_workers, bf16=bool(config.bf16))
+    assert stage_of(settings) == (3 if "zero3" in file.stem else 0)
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    assert settings["train_batch_size"] == pairs * config.num_workers
 
 
 def test_there_are_configs_of_three_sizes() -> None:
