@@ -319,3 +319,13 @@ def test_torchrun_is_told_to_use_workers(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="num_workers=0 trains in this process alone"):
         run(model, tmp_path / "run")
+
+
+def test_a_torch_dtype_in_the_settings_reaches_model_and_export(
+    model: Path, tmp_path: Path
+) -> None:
+    run(
+        model, tmp_path / "run", max_steps=2, model_init_kwargs={"dtype": torch.bfloat16}, bf16=True
+    )
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.bfloat16}
+    Scorer.from_pretrained(tmp_path / "run" / "export").verify()

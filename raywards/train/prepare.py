@@ -15,6 +15,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from raywards.errors import ConfigError, RowError
+from raywards.errors import ConfigError, RowError, TrainingError
 from raywards.preferences import REASONS, encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef, RowSet, read_rows
@@ -78,6 +79,11 @@ class PairTable:
 
     def __init__(self, folder: Path) -> None:
         shards = sorted(folder.glob("pairs-*.arrow"))
+        if not (folder / "prepared.json").is_file():
+            raise TrainingError(
+                f"{folder}: the prepared pairs are not there on node {socket.gethostname()}. "
+                "output_dir or storage_path must be a folder that every node sees."
+            )
         self._rows = datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(shard)) for shard in shards]
         )

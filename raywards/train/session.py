@@ -59,6 +59,8 @@ class RaySession:
         self.device = ray.train.torch.get_device()
         self.send = send
         self._explicit = explicit
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # NCCL moves objects through the current device
         names = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(names, src=0)
         self.attempt = names[0]
@@ -107,6 +109,8 @@ class LocalSession:
         self.attempt = uuid.uuid4().hex[:8]
         self.send = send
         self._run, self._explicit, self._keep = run, explicit, keep
+        for cut_off in run.glob(".checkpoint-*.partial"):
+            shutil.rmtree(cut_off)
 
     def join_process_group(self, timeout_s: int) -> None:
         """Make the process group of one that DeepSpeed asks for, unless there is one already.

@@ -160,7 +160,6 @@ class RewardTrainer:
             TrainingError: The run failed for good.
         """
         explicit = self._resume_point(resume_from_checkpoint)
-        freeze(self.args)
         started = time.monotonic()
         use_gpu = self._use_gpu()
         # What a worker would refuse is refused here, before anything is written or started.
@@ -172,6 +171,7 @@ class RewardTrainer:
             )
         self._check_model()
         job = self._prepare_job()
+        freeze(self.args)
         log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
         try:
             log.take("note", {"text": self._plan_in_words(job, use_gpu)})
@@ -333,7 +333,7 @@ class RewardTrainer:
                 "num_pairs": pairs.num_pairs,
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
-                "settings": as_dict(self.args),
+                "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
             },
             last_ids=pairs.last_ids,
         )

@@ -200,8 +200,8 @@ def prepare_model(inner: Any, config: RewardConfig) -> None:
     if config.disable_dropout:
         disable_dropout(inner)
     if config.gradient_checkpointing:
-        inner.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=config.gradient_checkpointing_kwargs
+        inner.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
             or {"use_reentrant": False}
         )
     inner.train()

@@ -19,7 +19,7 @@ from tiny import tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import complete_checkpoints
-from raywards.errors import CheckpointError
+from raywards.errors import CheckpointError, TrainingError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -87,30 +87,29 @@ def check_lineage(run: RewardTrainer, reference: RewardTrainer) -> None:
     assert tokens[0] == tokens[1]
 
 
+def kill_one_worker(run: RewardTrainer) -> None:
+    """SIGKILL a worker between its first checkpoint and the end."""
+    while not complete_checkpoints(run.paths.run):
+        time.sleep(0.05)
+    time.sleep(0.3)  # past the checkpoint, into steps that will be lost
+    workers = [
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+
+
 def test_a_killed_worker_costs_time_and_no_pair(
     model: Path, tmp_path: Path, reference: RewardTrainer
 ) -> None:
     run = trainer(model, tmp_path / "run", save_strategy="steps", save_steps=5)
-    killed: list[int] = []
-
-    def kill_one_worker() -> None:
-        while not complete_checkpoints(run.paths.run):
-            time.sleep(0.05)
-        time.sleep(0.3)  # past the checkpoint, into steps that will be lost
-        workers = [
-            process
-            for process in psutil.Process().children(recursive=True)
-            if "RayTrainWorker" in " ".join(process.cmdline())
-        ]
-        os.kill(workers[-1].pid, signal.SIGKILL)
-        killed.append(workers[-1].pid)
-
-    killer = threading.Thread(target=kill_one_worker)
+    killer = threading.Thread(target=kill_one_worker, args=(run,))
     killer.start()
     result = run.train()
     killer.join()
 
-    assert killed
     assert result.global_step == STEPS
     attempts = {folder.name.rsplit("-", 1)[1] for folder in complete_checkpoints(run.paths.run)}
     assert len(attempts) == 2, "the worker was killed too late: nothing was resumed"
@@ -122,6 +121,29 @@ def test_a_killed_worker_costs_time_and_no_pair(
     # Started again under the same name with another learning rate, it is refused at once.
     with pytest.raises(CheckpointError, match="learning_rate"):
         trainer(model, tmp_path / "run", learning_rate=2e-3).train()
+
+
+@pytest.mark.slow
+def test_a_run_that_failed_goes_on_under_its_name(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    """No restarts are allowed, a worker is killed, and the same script is started again."""
+    changes = {"save_strategy": "steps", "save_steps": 5}
+    failing = trainer(model, tmp_path / "run", max_failures=0, **changes)
+    killer = threading.Thread(target=kill_one_worker, args=(failing,))
+    killer.start()
+    with pytest.raises(TrainingError, match="started again, it goes on there"):
+        failing.train()
+    killer.join()
+    assert not failing.paths.export.exists()
+    done = len(complete_checkpoints(failing.paths.run))
+
+    again = trainer(model, tmp_path / "run", **changes)
+    again.train()
+    assert done >= 1
+    check_lineage(again, reference)
+    assert losses(again) == pytest.approx(losses(reference), abs=1e-5)
+    assert difference(again, reference) < 1e-5
 
 
 STAGES: list[Any] = [
