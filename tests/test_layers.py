@@ -35,6 +35,7 @@ LAYERS = [
     ],
     ["train.worker", "serve.dialects.*"],
     ["train.loop"],
+    ["train.cluster"],
     ["train.trainer", "serve.replica"],
     ["serve.app"],
     ["train", "serve"],
