@@ -329,3 +329,8 @@ def test_a_torch_dtype_in_the_settings_reaches_model_and_export(
     )
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.bfloat16}
     Scorer.from_pretrained(tmp_path / "run" / "export").verify()
+
+
+def test_weights_without_fp32_masters_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without fp32 master weights"):
+        run(model, tmp_path / "run", max_steps=2, model_init_kwargs={"dtype": "bfloat16"})

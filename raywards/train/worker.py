@@ -26,7 +26,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
 from raywards.config import RewardConfig, RunPaths
-from raywards.errors import CheckpointError, NonFiniteError
+from raywards.errors import CheckpointError, ConfigError, NonFiniteError
 from raywards.loader import create_model_from_path
 from raywards.metrics import PairMetrics
 from raywards.model import RewardModel, disable_dropout
@@ -129,6 +129,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner = load_model(job)
+    refuse_without_master_weights(inner, bf16)
     prepare_model(inner, config)
     model = RewardModel(inner)
 
@@ -192,6 +193,15 @@ def hidden_size(job: Job) -> int:
         kwargs = {name: job.model_kwargs[name] for name in names if name in job.model_kwargs}
         config = AutoConfig.from_pretrained(job.model, **kwargs)
     return int(config.get_text_config().hidden_size)
+
+
+def refuse_without_master_weights(inner: Any, bf16: bool) -> None:
+    """Weights of 8 or 11 significant bits do not move under small updates."""
+    if inner.dtype != torch.float32 and not bf16:
+        raise ConfigError(
+            f"bf16=False with weights loaded in {str(inner.dtype).removeprefix('torch.')}: they would "
+            "be updated without fp32 master weights. Set bf16=True, or load them in float32."
+        )
 
 
 def prepare_model(inner: Any, config: RewardConfig) -> None:
