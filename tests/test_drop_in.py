@@ -18,6 +18,8 @@ from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import read_manifest
 from raywards.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.trains
+
 
 def test_the_reward_script_of_trl_runs_with_its_imports_changed(tmp_path: Path) -> None:
     spec = importlib.util.find_spec("trl")

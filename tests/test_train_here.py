@@ -23,6 +23,8 @@ from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import complete_checkpoints
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError, RowError
 
+pytestmark = pytest.mark.trains
+
 ROWS = conversation_rows(45)
 
 
