@@ -88,7 +88,8 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     if newer:
         raise CheckpointError(
             f"{folder}: was written in format {wrote} by a newer raywards; this one reads up to "
-            f"{FORMAT}. Update raywards."
+            f"{FORMAT}. Update raywards.",
+            newer=True,
         )
     if found_kind != kind:
         raise CheckpointError(f"{folder}: is of kind {found_kind!r}; {kind!r} is needed here.")
@@ -104,13 +105,18 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints in a run folder, oldest step first."""
+    """The complete checkpoints in a run folder, oldest step first.
+
+    Raises `CheckpointError` for one of a newer raywards: passed over, the run would begin anew.
+    """
     found = []
     for folder in run.glob("checkpoint-*"):
         try:
             found.append((int(read_manifest(folder, kind="checkpoint")["step"]), folder))
-        except (CheckpointError, KeyError, TypeError, ValueError):
-            continue  # cut off while it was written: an orphan
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError) and error.newer:
+                raise
+            # Otherwise it was cut off while it was written: an orphan.
     return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
 
 

@@ -63,7 +63,15 @@ class ModelError(InputError):
 
 
 class CheckpointError(InputError):
-    """A checkpoint or export is incomplete, damaged, or belongs to something else."""
+    """A checkpoint or export is incomplete, damaged, or belongs to something else.
+
+    Attribute: `newer`, True where a newer raywards wrote it.
+    """
+
+    newer: bool
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message, **{"newer": False, **details})
 
 
 class TrainingError(RaywardsError, RuntimeError):

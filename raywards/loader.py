@@ -120,12 +120,13 @@ def load_tokenizer(
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a distributed job, or has a live DeepSpeed config.
+    """Whether this process is one of several of a job, or has a live DeepSpeed config.
 
-    Read from torch and DeepSpeed, never from accelerate's `PartialState`, which reports a single
+    A process group of one is not: training in a notebook leaves one behind. Read from torch and DeepSpeed, never from accelerate's `PartialState`, which reports a single
     process inside gloo workers on CPUs.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    group = torch.distributed
+    if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
         return True
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
         return True  # torchrun, before anyone made the process group

@@ -19,6 +19,7 @@ RAY_PROCESSES = {"raylet", "gcs_server"}
 
 os.environ.update(
     HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",  # tiny models on shared cores: several threads cost five times the time
     RAY_AUTH_MODE="disabled",  # by default a local Ray writes ~/.ray/auth_token
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_USAGE_STATS_ENABLED="0",

@@ -32,7 +32,8 @@ def test_the_reward_script_of_trl_runs_with_its_imports_changed(tmp_path: Path) 
         "from raywards import RewardTrainer\n    from trl import get_dataset",
     ).replace(
         "from trl import DatasetMixtureConfig, ModelConfig, RewardConfig, ",
-        "from raywards import RewardConfig\n    from trl import DatasetMixtureConfig, ModelConfig, ",
+        "from raywards import RewardConfig\n"
+        "    from trl import DatasetMixtureConfig, ModelConfig, ",
     )
     assert changed.count("from raywards import") == 2, "TRL's script has changed: look at it again"
     script.write_text(changed)

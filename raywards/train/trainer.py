@@ -31,7 +31,7 @@ from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
-from raywards.train.worker import Job
+from raywards.train.worker import Job, global_batch
 from raywards.train.zero import zero_config
 
 logger = logging.getLogger(__name__)
@@ -307,6 +307,7 @@ class RewardTrainer:
         )  # fmt: skip
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
+        self._refuse_empty_epoch(pairs)
         identity = self._claim_run_folder(pairs)
         model = self._model
         if not isinstance(model, str) and self.args.num_workers > 0:
@@ -337,6 +338,15 @@ class RewardTrainer:
             },
             last_ids=pairs.last_ids,
         )
+
+    def _refuse_empty_epoch(self, pairs: Prepared) -> None:
+        batch = global_batch(self.args, max(1, self.args.num_workers))
+        if self.args.dataloader_drop_last and pairs.num_pairs < batch:
+            raise ConfigError(
+                f"dataloader_drop_last=True leaves nothing to train: there are {pairs.num_pairs} "
+                f"pairs, and a global batch takes {batch}. Set it to False, or lower "
+                "per_device_train_batch_size."
+            )
 
     def _plan_in_words(self, job: Job, use_gpu: bool) -> str:
         workers = f"{self.args.num_workers} workers" if self.args.num_workers else "one process"

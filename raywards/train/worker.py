@@ -199,8 +199,8 @@ def refuse_without_master_weights(inner: Any, bf16: bool) -> None:
     """Weights of 8 or 11 significant bits do not move under small updates."""
     if inner.dtype != torch.float32 and not bf16:
         raise ConfigError(
-            f"bf16=False with weights loaded in {str(inner.dtype).removeprefix('torch.')}: they would "
-            "be updated without fp32 master weights. Set bf16=True, or load them in float32."
+            f"bf16=False with weights loaded in {str(inner.dtype).removeprefix('torch.')}: they "
+            "would be updated without fp32 masters. Set bf16=True, or load them in float32."
         )
 
 
