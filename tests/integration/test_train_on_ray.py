@@ -1,4 +1,4 @@
-"""Two real Ray Train workers with real DeepSpeed: equal to one process, through a kill, at any stage."""
+"""Two real Ray Train workers with DeepSpeed: equal to one process, through a kill, at any stage."""
 
 from __future__ import annotations
 
