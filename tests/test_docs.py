@@ -305,6 +305,6 @@ def test_the_other_routes_and_the_key_are_as_the_page_says(folder: Path, server:
     assert refused.json()["error"]["code"] == "invalid_api_key"
     accepted = guarded.send("POST", "/v1/reward", body, authorization="Bearer s3cret")
     assert accepted.status_code == 200
-    assert guarded.send("GET", "/ready").status_code == 200
+    assert all(guarded.send("GET", f"/{name}").status_code == 200 for name in ("ready", "info"))
     encoded = guarded.send("POST", "/v1/reward", body, **{"content-encoding": "gzip"})
     assert encoded.status_code == 401  # the key comes first
