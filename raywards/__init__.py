@@ -30,22 +30,31 @@ __all__ = [
     "create_model_from_path",
 ]
 
+# Name: its module, and the extra whose packages that module needs.
 _HOMES = {
-    "AsyncRewardClient": "raywards.client",
-    "RaywardsError": "raywards.errors",
-    "RewardClient": "raywards.client",
-    "RewardConfig": "raywards.config",
-    "RewardTrainer": "raywards.train.trainer",
-    "Scorer": "raywards.scorer",
-    "ServeConfig": "raywards.config",
-    "create_model_from_path": "raywards.loader",
+    "AsyncRewardClient": ("raywards.client", None),
+    "RaywardsError": ("raywards.errors", None),
+    "RewardClient": ("raywards.client", None),
+    "RewardConfig": ("raywards.config", None),
+    "RewardTrainer": ("raywards.train.trainer", "train"),
+    "Scorer": ("raywards.scorer", "score"),
+    "ServeConfig": ("raywards.config", None),
+    "create_model_from_path": ("raywards.loader", "score"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'raywards' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, extra = _HOMES[name]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if extra is None:
+            raise
+        raise ModuleNotFoundError(
+            f"{name} needs {error.name or error}: pip install 'raywards[{extra}]'", name=error.name
+        ) from error
 
 
 def __dir__() -> list[str]:

@@ -43,6 +43,12 @@ def run(command: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     except RaywardsError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("raywards"):
+            raise
+        extra = command.__name__ if command.__name__ in ("train", "serve", "score") else "all"
+        print(f"{error.name} is not installed: pip install 'raywards[{extra}]'", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return 130
@@ -60,7 +66,7 @@ def train(argv: list[str]) -> None:
         "revision": job.model_revision,
         "attn_implementation": job.attn_implementation,
     }
-    config.model_init_kwargs = {**{k: v for k, v in asked.items() if v is not None}, **given}
+    config.model_init_kwargs = {**given, **{k: v for k, v in asked.items() if v is not None}}
 
     from raywards.sources import read_rows
     from raywards.train.trainer import RewardTrainer

@@ -77,11 +77,16 @@ def create_model_from_path(model_id: str, architecture: Any = None, **kwargs: An
     return model
 
 
-def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> None:
-    """Raise what `create_model_from_path` would for a reward model, from the config alone."""
+def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfig:
+    """The config of a model to train a reward model from.
+
+    Raises what `create_model_from_path` would raise for it, as far as the config tells.
+    """
     model_id = _resolve_path(model_id)
     _pop_dtype(dict(kwargs))
-    _check_labels(model_id, _load_config(model_id, kwargs), 1)
+    config = _load_config(model_id, kwargs)
+    _check_labels(model_id, config, 1)
+    return config
 
 
 def load_tokenizer(
@@ -122,8 +127,9 @@ def load_tokenizer(
 def is_distributed() -> bool:
     """Whether this process is one of several of a job, or has a live DeepSpeed config.
 
-    A process group of one is not: training in a notebook leaves one behind. Read from torch and DeepSpeed, never from accelerate's `PartialState`, which reports a single
-    process inside gloo workers on CPUs.
+    A process group of one is not: training in a notebook leaves one behind. Read from torch and
+    DeepSpeed, never from accelerate's `PartialState`, which reports a single process inside gloo
+    workers on CPUs.
     """
     group = torch.distributed
     if group.is_available() and group.is_initialized() and group.get_world_size() > 1:

@@ -96,7 +96,7 @@ class PairMetrics:
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         """Sums and extremes of all ranks; those of this rank stay as they are."""
         sums, extremes = self._sums.clone(), self._extremes.clone()
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         return sums, extremes

@@ -63,9 +63,13 @@ def main() -> None:
 
     # Two workers of one CPU each, then one or two replicas: four slots, whatever the machine has.
     ray.init(
-        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+        address="local",  # also where RAY_ADDRESS names a cluster
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
         object_store_memory=200 * 2**20,
-    )  # fmt: skip
+    )
     try:
         export = _train(model, train, folder)
         _serve_and_score(export, held_out)

@@ -316,10 +316,6 @@ def test_the_scoring_command_gives_the_rewards_of_the_scorer(
     assert rows[0]["note"] == "kept"
 
 
-@pytest.mark.xfail(
-    reason="workers of Ray Train look up a relative model folder from a directory of their own",
-    strict=True,
-)
 @pytest.mark.ray
 def test_the_training_command_leaves_an_export(desk: Path, tmp_path: Path) -> None:
     for name in ("jobs", "model", "pairs.jsonl"):

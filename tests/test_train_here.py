@@ -342,3 +342,79 @@ def test_an_epoch_without_a_full_batch_is_refused(model: Path, tmp_path: Path) -
 def test_weights_without_fp32_masters_are_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="without fp32 masters"):
         run(model, tmp_path / "run", max_steps=2, model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_sources_with_and_without_margins_can_be_mixed(model: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "plain.jsonl", tmp_path / "margins.jsonl"]
+    files[0].write_text("".join(json.dumps(row) + "\n" for row in ROWS[:12]))
+    files[1].write_text("".join(json.dumps({**row, "margin": 0.5}) + "\n" for row in ROWS[12:24]))
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "mixed", num_train_epochs=1)),
+        train_dataset=[str(file) for file in files],
+    )
+    trainer.train()
+    rows = [{**row, "margin": 0.0 if i < 12 else 0.5} for i, row in enumerate(ROWS[:24])]
+    spelled_out = run(model, tmp_path / "spelled-out", rows, num_train_epochs=1)
+    without = run(model, tmp_path / "without", ROWS[:24], num_train_epochs=1)
+    assert losses(trainer) == losses(spelled_out)
+    assert losses(trainer) != losses(without)
+
+
+def test_an_export_keeps_the_type_in_which_weights_were_loaded(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", max_steps=1, model_init_kwargs={"dtype": "auto"}, bf16=True)
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_a_run_shorter_than_its_log_interval_is_still_logged(model: Path, tmp_path: Path) -> None:
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "run", max_steps=3, logging_steps=10)),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )
+    result = trainer.train()
+    [record] = trainer.state.log_history
+    assert record["step"] == 3
+    assert result.training_loss == record["loss"]
+
+
+def test_an_older_checkpoint_does_not_pass_for_the_newest(model: Path, tmp_path: Path) -> None:
+    changes = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    first = run(model, tmp_path / "run", **changes)
+    oldest = complete_checkpoints(tmp_path / "run")[0]
+    with pytest.raises(CheckpointError, match="has a newer checkpoint"):
+        first.train(resume_from_checkpoint=str(oldest))
+    elsewhere = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "again", **changes)),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )
+    elsewhere.train(resume_from_checkpoint=str(oldest))
+    assert losses(elsewhere) == losses(first)[3:]
+    assert same_weights(tmp_path / "run", tmp_path / "again") == 0.0
+
+
+def test_evaluate_before_train_is_of_the_starting_model(model: Path, tmp_path: Path) -> None:
+    held_out = datasets.Dataset.from_list(conversation_rows(9, seed=1))
+    run(model, tmp_path / "run", learning_rate=1e-2)
+    fresh = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "run", learning_rate=1e-2)),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset=held_out,
+    )
+    before = fresh.evaluate()["eval_loss"]
+    fresh.train()
+    assert fresh.evaluate()["eval_loss"] < before - 0.1
+
+
+def test_run_json_is_whole_private_and_needed(model: Path, tmp_path: Path) -> None:
+    changes = {"num_train_epochs": 1, "model_init_kwargs": {"token": "hf_secret"}}
+    run(model, tmp_path / "run", **changes)
+    file = tmp_path / "run" / "run.json"
+    assert "hf_secret" not in file.read_text()
+    assert "hf_secret" not in (tmp_path / "run" / "export" / "raywards.json").read_text()
+    run(model, tmp_path / "run", **{**changes, "model_init_kwargs": {"token": "hf_other"}})
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(CheckpointError, match=r"run\.json: is damaged"):
+        run(model, tmp_path / "run", **changes)

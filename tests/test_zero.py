@@ -64,6 +64,7 @@ def test_auto_is_filled_in_as_transformers_does(tmp_path: Path) -> None:
         ({"bf16": {"enabled": True}}, r"deepspeed\.bf16\.enabled=True"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "learning_rate"),
         ({"zero_optimization": {"stage": 7}}, "stage=7"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, "overlap_comm"),
         ({"communication_data_type": "auto"}, "deepspeed.communication_data_type"),
     ],
 )

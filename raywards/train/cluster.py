@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,12 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         run_config=RunConfig(
             name=paths.name,
             storage_path=str(paths.storage),
-            # A request that the cluster can never meet is otherwise retried for ever.
-            failure_config=FailureConfig(
-                max_failures=config.max_failures, controller_failure_limit=5
-            ),
+            failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.save_total_limit),
-            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, cpus))}},
+            worker_runtime_env={"env_vars": _environment(cpus, use_gpu)},
         ),
     )  # fmt: skip
+    _tell_if_it_must_wait(ray, log, config.num_workers, resources, use_gpu)
     reader = _Reader(ray, mailbox, log)
     try:
         trainer.fit()
@@ -89,6 +88,31 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         ray.kill(mailbox)
     if reader.error is not None:
         raise reader.error
+
+
+def _environment(cpus: int, use_gpu: bool) -> dict[str, str]:
+    """Environment of a worker. Without a GPU of its own it must not see any: DeepSpeed would take
+    the first, and Ray no longer hides GPUs from actors that asked for none."""
+    environment = {"OMP_NUM_THREADS": str(max(1, cpus))}
+    if not use_gpu:
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return environment
+
+
+def _tell_if_it_must_wait(
+    ray: Any, log: RunLog, num_workers: int, resources: dict[str, Any], use_gpu: bool
+) -> None:
+    """Ray waits for resources without limit; where it will have to, say for what."""
+    needed = {**({"GPU": 1} if use_gpu else {}), **resources}
+    there = ray.cluster_resources()
+    short = [
+        f"{num_workers * amount:g} {name} asked for, {there.get(name, 0):g} there"
+        for name, amount in needed.items()
+        if num_workers * amount > there.get(name, 0)
+    ]
+    if short:
+        text = f"Waiting for the cluster to grow: {'; '.join(short)}. Ctrl-C gives up."
+        log.take("note", {"text": text})
 
 
 class _Mailbox:
@@ -141,8 +165,11 @@ class _Reader:
         for kind, record in messages:
             if kind == "error":
                 self.error = self.error or record["error"]
-            else:
+                continue
+            try:
                 self._log.take(kind, record)
+            except OSError as error:  # a full disk must not end the thread, nor the run
+                logger.warning("a %s record could not be kept: %s", kind, error)
 
 
 def _run_worker(config: dict[str, Any]) -> None:
@@ -155,11 +182,24 @@ def _run_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
-    session = RaySession(mailbox.put.remote, explicit=config["explicit"])
+
+    def send(kind: str, record: dict[str, Any]) -> None:
+        sent = mailbox.put.remote(kind, record)
+        if kind == "finish":
+            ray.get(sent)  # the run counts on this one: wait until it is there
+
     try:
+        session = RaySession(send, run=job.paths.run, explicit=config["explicit"])
         train(job, session)
     except RaywardsError as error:
         ray.get(mailbox.put.remote("error", {"error": error}))
+        raise
+    except (AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        # A setting or a model that does not fit: another attempt would end the same way. What a
+        # lost peer, a full disk or a network does is none of these.
+        where = traceback.format_exc(limit=-3)
+        told = TrainingError(f"A worker failed: {type(error).__name__}: {error}\n{where}")
+        ray.get(mailbox.put.remote("error", {"error": told}))
         raise
 
 

@@ -49,7 +49,7 @@ def train(job: Job, session: Session) -> None:
         stop_if_skipped(worker, step)
         state.step, state.num_pairs = step + 1, state.num_pairs + len(indices)
 
-        if is_due(worker, config.logging_steps, config.logging_first_step):
+        if is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker):
             log(worker, learning_rate, clock)
         if config.eval_strategy == "epoch" and ends_epoch(worker):
             evaluate(worker)
@@ -97,8 +97,8 @@ def losses_of(
     rows = table.take(list(forward)) if forward else _NOTHING
     batch = pad(rows["chosen_ids"] + rows["rejected_ids"], pad_id=0).to(device)
     chosen, rejected = model(batch).chunk(2)
-    has_margin = rows["margin"][0] is not None
-    margin = torch.tensor(rows["margin"], device=device) if has_margin else None
+    # Sources with and without margins may be mixed: no margin is a margin of zero.
+    margin = torch.tensor([value or 0.0 for value in rows["margin"]], device=device)
     losses = loss.bradley_terry(chosen, rejected, margin)
     if config.center_rewards_coefficient is not None:
         losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -50,7 +51,7 @@ class Session(Protocol):
 class RaySession:
     """A worker of a Ray Train worker group. The process group is up when the loop starts."""
 
-    def __init__(self, send: Send, *, explicit: Path | None) -> None:
+    def __init__(self, send: Send, *, run: Path, explicit: Path | None) -> None:
         import ray.train.torch
 
         context = ray.train.get_context()
@@ -64,6 +65,15 @@ class RaySession:
         names = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(names, src=0)
         self.attempt = names[0]
+        name = hashlib.sha256(str(run).encode()).hexdigest()[:12]
+        self._scratch = Path(tempfile.gettempdir()) / f"raywards-{name}"
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what killed attempts at this run left on this node's disk."""
+        for folder in self._scratch.glob("checkpoint-*"):
+            if self.attempt not in folder.name:
+                shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:
@@ -79,17 +89,21 @@ class RaySession:
             torch.distributed.barrier()
 
     def scratch(self, name: str) -> Path:
-        return Path(tempfile.mkdtemp(prefix=f"{name}-rank{self.rank}-"))
+        folder = self._scratch / f"{name}-rank{self.rank}"
+        folder.mkdir(parents=True)
+        return folder
 
     def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
         import ray.train
 
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=name,
-        )
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            ray.train.report(
+                metrics,
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=name,
+            )
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class LocalSession:

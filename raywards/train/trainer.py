@@ -32,7 +32,7 @@ from raywards.train.prepare import EncodeSettings, Prepared, prepare
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.worker import Job, global_batch
-from raywards.train.zero import zero_config
+from raywards.train.zero import read_zero, zero_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _MAY_CHANGE = {
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     "hub_private_repo", "max_failures", "ddp_timeout", "dataset_num_proc", "resources_per_worker",
-    "use_gpu", "use_cpu", "on_bad_row", "gradient_checkpointing", "gradient_checkpointing_kwargs",
+    "use_gpu", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
 }  # fmt: skip
 
 _NOT_SUPPORTED = {
@@ -115,11 +115,13 @@ class RewardTrainer:
             raise ConfigError(
                 "train_dataset: is required (TRL's wording: `train_dataset` is None)."
             )
+        model = _absolute_if_folder(model)
         self.model_id = model if isinstance(model, str) else str(model.config._name_or_path)
         self.args = _with_output_dir(args or RewardConfig(), self.model_id)
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.paths = RunPaths.of(self.args)
+        _refuse_folder_of_a_job(self.paths)
         self.state = transformers.TrainerState()
         self.accelerator = _Console()
         self.hub_model_id = self.args.hub_model_id or self.paths.name
@@ -162,6 +164,9 @@ class RewardTrainer:
         explicit = self._resume_point(resume_from_checkpoint)
         started = time.monotonic()
         use_gpu = self._use_gpu()
+        if isinstance(self.args.deepspeed, str) and not self.args.deepspeed.isdigit():
+            # A file is read once, here: workers run elsewhere, and its content is what counts.
+            self.args.deepspeed = read_zero(self.args.deepspeed)
         # What a worker would refuse is refused here, before anything is written or started.
         zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
         if self._evaluates and self.eval_dataset is None:
@@ -201,6 +206,8 @@ class RewardTrainer:
             raise ConfigError("eval_dataset: is required: none was given here or to RewardTrainer.")
         prepared = self._prepare_evals(source, metric_key_prefix)
         model = self.model
+        if self._use_gpu() and torch.cuda.is_available():
+            model = model.to("cuda")
         metrics: dict[str, float] = {}
         for prefix, held_out in prepared.items():
             values = evaluate_alone(model, held_out.folder, self.args)
@@ -213,7 +220,7 @@ class RewardTrainer:
         """The transformers model: the export once there is one, else what training starts from."""
         if not isinstance(self._model, str) and self.args.num_workers == 0:
             return self._model
-        if self.paths.export.is_dir():
+        if self.state.global_step > 0:
             return create_model_from_path(
                 str(self.paths.export),
                 transformers.AutoModelForSequenceClassification,
@@ -291,6 +298,13 @@ class RewardTrainer:
         if isinstance(asked, str):
             folder = Path(asked).expanduser().absolute()
             read_manifest(folder, kind="checkpoint")
+            present = complete_checkpoints(self.paths.run)
+            if present and present[-1] != folder:
+                raise CheckpointError(
+                    f"resume_from_checkpoint={asked!r}: {self.paths.run} has a newer checkpoint, "
+                    f"{present[-1].name}, from which the run would go on. Give the run that starts "
+                    "from the older one another output_dir."
+                )
             return folder
         if asked is True and not complete_checkpoints(self.paths.run):
             raise CheckpointError(
@@ -374,11 +388,13 @@ class RewardTrainer:
             "model": self.model_id,
             "pairs": pairs.fingerprint,
             **{k: v for k, v in as_dict(self.args).items() if k not in _MAY_CHANGE},
-            "model_init_kwargs": {k: str(v) for k, v in self._model_kwargs.items()},
+            "model_init_kwargs": {
+                name: str(value) for name, value in self._model_kwargs.items() if name != "token"
+            },
         }
         file = self.paths.run / "run.json"
         if file.is_file() and complete_checkpoints(self.paths.run):
-            theirs = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            theirs = _read_run_settings(file)
             differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
             if differing:
                 lines = [
@@ -392,12 +408,19 @@ class RewardTrainer:
         identity = hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
         self.paths.run.mkdir(parents=True, exist_ok=True)
         content = {"identity": identity, "settings": ours, "all": as_dict(self.args)}
-        file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+        partial.replace(file)
         return identity
 
     # ------------------------------------------------------------ the workers
 
     def _train_here(self, job: Job, log: RunLog, explicit: Path | None, use_gpu: bool) -> None:
+        if not use_gpu and torch.cuda.is_available():
+            raise ConfigError(
+                "num_workers=0 without a GPU: DeepSpeed has chosen the GPU that this process sees. "
+                "Start Python with CUDA_VISIBLE_DEVICES='' set, or set num_workers=1."
+            )
         session = LocalSession(
             log.take,
             self.paths.run,
@@ -418,19 +441,25 @@ class RewardTrainer:
         return read_manifest(self.paths.export, kind="export")
 
     def _output(self, log: RunLog, seconds: float) -> TrainOutput:
-        losses = [entry["loss"] for entry in log.history if "loss" in entry]
+        records = [entry for entry in log.history if "loss" in entry]
+        starts = [0, *(entry["step"] for entry in records)]
+        weighted = [
+            entry["loss"] * (entry["step"] - start)
+            for entry, start in zip(records, starts, strict=False)
+        ]
         held_out = [entry for entry in log.history if any(k.startswith("eval") for k in entry)]
         assert log.finished is not None
+        share = 1 - log.first_step / max(1, log.finished["step"])  # what this call trained
         metrics = {
             "train_runtime": seconds,
-            "train_samples_per_second": log.finished["num_pairs"] / seconds,
+            "train_samples_per_second": share * log.finished["num_pairs"] / seconds,
             "num_pairs": log.finished["num_pairs"],
             "num_dropped": {name: sum(counts.values()) for name, counts in self.dropped.items()},
             "dropped": self.dropped,
             "export": log.finished["export"],
             **{k: v for k, v in (held_out[-1] if held_out else {}).items() if k.startswith("eval")},
         }
-        mean = sum(losses) / len(losses) if losses else float("nan")
+        mean = sum(weighted) / starts[-1] if starts[-1] else float("nan")
         metrics["train_loss"] = mean
         return TrainOutput(log.finished["step"], mean, metrics)
 
@@ -451,6 +480,33 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
     return args
+
+
+def _refuse_folder_of_a_job(paths: RunPaths) -> None:
+    if "working_dir_files" in paths.run.parts:
+        raise ConfigError(
+            f"output_dir: {paths.run} lies in the copy of the working directory that Ray made for "
+            "this job and will delete. Give an absolute path that every node sees."
+        )
+
+
+def _read_run_settings(file: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: is damaged ({error!r}), so it cannot be told whether the checkpoints beside "
+            "it are of this run. Restore it, or give this run another output_dir."
+        ) from None
+    return settings
+
+
+def _absolute_if_folder(model: Any) -> Any:
+    """Workers run in a folder of their own: a relative path would not be found there."""
+    if isinstance(model, (str, Path)):
+        folder = Path(model).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else str(model)
+    return model
 
 
 def _model_kwargs(args: RewardConfig, model: Any) -> dict[str, Any]:

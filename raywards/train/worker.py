@@ -20,14 +20,14 @@ import torch
 import transformers
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, get_scheduler
+from transformers import AutoModelForSequenceClassification, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
 
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
 from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
-from raywards.loader import create_model_from_path
+from raywards.loader import check_reward_model, create_model_from_path
 from raywards.metrics import PairMetrics
 from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
@@ -45,11 +45,11 @@ _TAG = "engine"
 class Job:
     """All that a worker is told. Made by `RewardTrainer`; plain values, so it can be pickled."""
 
-    config: RewardConfig
+    config: RewardConfig = field(repr=False)
     paths: RunPaths
     model: Any
     """A folder or hub id; with `num_workers=0` it may be the model itself."""
-    model_kwargs: dict[str, Any]
+    model_kwargs: dict[str, Any] = field(repr=False)  # may hold a token; Ray keeps a job's repr
     rendering: Rendering
     train: Path
     """Prepared folder."""
@@ -82,6 +82,7 @@ class Worker:
     plan: TrainPlan
     metrics: PairMetrics
     total_steps: int
+    loaded_dtype: torch.dtype
     clipper: Clipper | None = None
     state: State = field(default_factory=State)
 
@@ -121,7 +122,8 @@ def build_worker(job: Job, session: Session) -> Worker:
     on_gpu = session.device.type == "cuda"
     bf16 = config.bf16 if config.bf16 is not None else True
     settings = zero_config(config, num_ranks=session.world_size, bf16=bf16)
-    build_ops(say=lambda text: _note(session, text))
+    if not on_gpu:  # on GPUs DeepSpeed does without this op
+        build_ops(say=lambda text: _note(session, text))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
 
     transformers.set_seed(config.seed)
@@ -129,6 +131,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner = load_model(job)
+    loaded_dtype = inner.dtype  # DeepSpeed casts the weights; the export has the type they came in
     refuse_without_master_weights(inner, bf16)
     prepare_model(inner, config)
     model = RewardModel(inner)
@@ -161,7 +164,15 @@ def build_worker(job: Job, session: Session) -> Worker:
     if clipper is not None:
         optimizer.register_step_pre_hook(clipper)
     return Worker(
-        job, session, engine, pairs, plan, PairMetrics(session.device), total_steps, clipper
+        job,
+        session,
+        engine,
+        pairs,
+        plan,
+        PairMetrics(session.device),
+        total_steps,
+        loaded_dtype,
+        clipper,
     )
 
 
@@ -186,12 +197,10 @@ def load_model(job: Job) -> Any:
 
 def hidden_size(job: Job) -> int:
     """Known before the model is there: ZeRO-3's sizes follow from it."""
-    if not isinstance(job.model, str):
-        config = job.model.config
+    if isinstance(job.model, str):
+        config = check_reward_model(job.model, job.model_kwargs)
     else:
-        names = ("revision", "trust_remote_code")
-        kwargs = {name: job.model_kwargs[name] for name in names if name in job.model_kwargs}
-        config = AutoConfig.from_pretrained(job.model, **kwargs)
+        config = job.model.config
     return int(config.get_text_config().hidden_size)
 
 
@@ -266,7 +275,7 @@ def save(worker: Worker) -> None:
         "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
     }
     worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
-    torch.save(_random_state(), folder / f"random-{session.rank}.pt")
+    torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
 
     parts: list[Any] = [None] * session.world_size
     torch.distributed.all_gather_object(parts, list_files(folder))
@@ -296,9 +305,8 @@ def resume(worker: Worker) -> State:
         saved.pop("ranks")
         worker.metrics.restore(saved.pop("window"), worker.session.rank)
         worker.state = State(**saved)
-        _set_random_state(
-            torch.load(folder / f"random-{worker.session.rank}.pt", weights_only=False)
-        )
+        file = folder / f"random-{worker.session.rank}.pt"
+        _set_random_state(torch.load(file, weights_only=False), worker.session.device)
     return worker.state
 
 
@@ -325,15 +333,13 @@ def export(worker: Worker) -> None:
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
-        dtype = job.model_kwargs.get("dtype") or torch.float32
-        stored = next(inner.parameters()).dtype if dtype == "auto" else _dtype(dtype)
         about = {**job.about, **dataclasses.asdict(worker.state)}
         manifest = export_model(
             inner,
             weights,
             job.rendering,
             job.paths.export,
-            dtype=stored,
+            dtype=worker.loaded_dtype,
             training=about,
             last_ids=job.last_ids,
         )
@@ -364,23 +370,18 @@ def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, full.to("cpu", copy=True)
 
 
-def _dtype(dtype: Any) -> torch.dtype:
-    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-
-
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _random_state(device: torch.device) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": cuda,
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

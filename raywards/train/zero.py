@@ -20,8 +20,7 @@ def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str
     `"auto"` becomes the value of the matching setting of `config`; a value that contradicts its
     setting is a `ConfigError` that names both, as in transformers.
     """
-    given = _read(config.deepspeed)
-    settings = copy.deepcopy(given)
+    settings = copy.deepcopy(read_zero(config.deepspeed))
     if "scheduler" in settings:
         raise ConfigError(
             "deepspeed.scheduler: the schedule is set by `lr_scheduler_type` and `warmup_steps`; "
@@ -44,8 +43,12 @@ def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3.")
-    # Without managed accumulation, only stage 2 may overlap; and gloo has nothing to overlap with.
-    if zero.get("overlap_comm") in (None, "auto") or stage != 2:
+    if zero.get("overlap_comm") is True and stage < 2:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.overlap_comm=true is not possible at stage {stage}: "
+            "gradients are reduced once a step. Take it out, or use stage 2."
+        )
+    if zero.get("overlap_comm") in (None, "auto"):
         zero["overlap_comm"] = False
     # We count pairs ourselves, so DeepSpeed must not count micro-batches (DESIGN: steps).
     settings["managed_gradient_accumulation"] = False
@@ -55,6 +58,28 @@ def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str
     settings.setdefault("steps_per_print", 2**31 - 1)
     _refuse_auto_left(settings)
     return settings
+
+
+def read_zero(given: Any) -> dict[str, Any]:
+    """The `deepspeed` setting as a dict with `"auto"` values still in it. Reads a JSON file."""
+    if given is None:
+        return {"zero_optimization": {"stage": 0}}
+    if isinstance(given, str) and given.isdigit():
+        stage = int(given)
+        if stage > 3:
+            raise ConfigError(f"deepspeed={given}: a ZeRO stage is 0, 1, 2 or 3.")
+        return {"zero_optimization": {"stage": stage}}
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        return _parse(given, "deepspeed")
+    if isinstance(given, str):
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise ConfigError(
+                f"deepspeed={given!r}: expected a ZeRO stage (0 to 3), a dict, or a JSON file; "
+                "there is no such file."
+            )
+        return _parse(path.read_text(encoding="utf-8"), f"deepspeed={given!r}")
+    return dict(given)
 
 
 def stage_of(settings: Mapping[str, Any]) -> int:
@@ -97,27 +122,6 @@ def build_ops(say: Callable[[str], None]) -> None:
                 f"Install it ({package}), and start again."
             )
     say("DeepSpeed compiles its communication op, once on this machine: about a minute.")
-
-
-def _read(given: Any) -> dict[str, Any]:
-    if given is None:
-        return {"zero_optimization": {"stage": 0}}
-    if isinstance(given, str) and given.isdigit():
-        stage = int(given)
-        if stage > 3:
-            raise ConfigError(f"deepspeed={given}: a ZeRO stage is 0, 1, 2 or 3.")
-        return {"zero_optimization": {"stage": stage}}
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        return _parse(given, "deepspeed")
-    if isinstance(given, str):
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise ConfigError(
-                f"deepspeed={given!r}: expected a ZeRO stage (0 to 3), a dict, or a JSON file; "
-                "there is no such file."
-            )
-        return _parse(path.read_text(encoding="utf-8"), f"deepspeed={given!r}")
-    return dict(given)
 
 
 def _parse(text: str, name: str) -> dict[str, Any]:

@@ -73,9 +73,19 @@ def losses(run: RewardTrainer) -> list[float]:
 
 
 def difference(a: RewardTrainer, b: RewardTrainer) -> float:
-    left, right = (load_file(run.paths.export / "model.safetensors") for run in (a, b))
+    left, right = weights_of(a), weights_of(b)
     assert left.keys() == right.keys()
     return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def weights_of(run: RewardTrainer) -> dict[str, torch.Tensor]:
+    return load_file(run.paths.export / "model.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Euclidean distance between two sets of weights."""
+    assert a.keys() == b.keys()
+    return sum((a[name] - b[name]).pow(2).sum().item() for name in a) ** 0.5
 
 
 def check_lineage(run: RewardTrainer, reference: RewardTrainer) -> None:
@@ -161,11 +171,15 @@ STAGES: list[Any] = [
 def test_every_stage_trains_the_same_model(
     model: Path, tmp_path: Path, reference: RewardTrainer, stage: Any, bf16: bool
 ) -> None:
+    start = trainer(model, tmp_path / "start").model.state_dict()
     run = trainer(model, tmp_path / "run", deepspeed=stage, bf16=bf16)
     run.train()
     check_lineage(run, reference)
     assert losses(run) == pytest.approx(losses(reference), abs=3e-2 if bf16 else 1e-5)
-    assert difference(run, reference) < (1e-1 if bf16 else 1e-5)
+    # bf16 rounds every step; what counts is that it went to the same place, not beside it.
+    far = distance(weights_of(reference), start)
+    assert far > 0.1
+    assert distance(weights_of(run), weights_of(reference)) < (far / 4 if bf16 else 1e-4)
     stored = load_file(run.paths.export / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     Scorer.from_pretrained(run.paths.export).verify()
