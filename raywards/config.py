@@ -169,7 +169,8 @@ class RewardConfig:
     num_workers: NotNegative = 1
     """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU."""
     use_gpu: bool | None = None
-    """One GPU a worker. Default: where the cluster has any. `use_cpu=True`, TRL's name, says no."""
+    """One GPU a worker. Default: where the cluster has any; say it where GPU nodes come on demand.
+    `use_cpu=True`, TRL's name, says no."""
     use_cpu: bool = False
     """Stay on the CPU even where there is a GPU."""
     resources_per_worker: Mapped = None
