@@ -327,9 +327,10 @@ def test_torchrun_is_told_to_use_workers(
 def test_a_torch_dtype_in_the_settings_reaches_model_and_export(
     model: Path, tmp_path: Path
 ) -> None:
-    run(
-        model, tmp_path / "run", max_steps=2, model_init_kwargs={"dtype": torch.bfloat16}, bf16=True
-    )
+    changes = {"max_steps": 2, "model_init_kwargs": {"dtype": torch.bfloat16}, "bf16": True}
+    with pytest.raises(ConfigError, match="no fp32 masters"):
+        run(model, tmp_path / "refused", deepspeed=0, **changes)
+    run(model, tmp_path / "run", deepspeed=1, **changes)
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.bfloat16}
     Scorer.from_pretrained(tmp_path / "run" / "export").verify()
 

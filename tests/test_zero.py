@@ -24,7 +24,9 @@ def test_a_stage_number_becomes_a_whole_dict(stage: Any) -> None:
     settings = zero_config(config(deepspeed=stage), num_ranks=3, bf16=True)
     assert stage_of(settings) == int(stage)
     assert settings["train_batch_size"] == 24
-    assert settings["bf16"] == {"enabled": True}
+    # At stage 0 the weights themselves are the fp32 masters.
+    assert settings["bf16"] == {"enabled": int(stage) > 0}
+    assert ("torch_autocast" in settings) == (int(stage) == 0)
     # What the loss rests on: nobody else scales by the number of forwards.
     assert settings["managed_gradient_accumulation"] is False
 

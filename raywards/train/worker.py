@@ -82,7 +82,7 @@ class Worker:
     plan: TrainPlan
     metrics: PairMetrics
     total_steps: int
-    loaded_dtype: torch.dtype
+    export_dtype: torch.dtype
     clipper: Clipper | None = None
     state: State = field(default_factory=State)
 
@@ -95,7 +95,7 @@ class Worker:
 
 
 class Clipper:
-    """Clips at stage 0 in fp32, where DeepSpeed clips but keeps the norm to itself.
+    """Clips at stage 0, where DeepSpeed clips but keeps the norm to itself.
 
     Called by the optimizer at the start of its step, when the gradients are those of all ranks.
     Raises `NonFiniteError` before the update.
@@ -131,8 +131,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner = load_model(job)
-    loaded_dtype = inner.dtype  # DeepSpeed casts the weights; the export has the type they came in
-    refuse_without_master_weights(inner, bf16)
+    refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
     model = RewardModel(inner)
 
@@ -154,7 +153,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         scheduler_specific_kwargs=config.lr_scheduler_kwargs,
     )
     clipper = None
-    if stage_of(settings) == 0 and not bf16:
+    if stage_of(settings) == 0:
         clipper = Clipper(model, settings["gradient_clipping"])
         settings["gradient_clipping"] = 0.0
     engine, *_ = deepspeed.initialize(
@@ -171,7 +170,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         plan,
         PairMetrics(session.device),
         total_steps,
-        loaded_dtype,
+        asked_dtype(job, inner),
         clipper,
     )
 
@@ -204,8 +203,23 @@ def hidden_size(job: Job) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def refuse_without_master_weights(inner: Any, bf16: bool) -> None:
+def asked_dtype(job: Job, inner: Any) -> torch.dtype:
+    """The type the weights were asked for in, which is the export's. DeepSpeed casts them itself:
+    ZeRO-3 already while they are loaded."""
+    asked = job.model_kwargs.get("torch_dtype") or job.model_kwargs.get("dtype", "float32")
+    if asked in (None, "auto"):
+        asked = inner.config.dtype or inner.dtype
+    return asked if isinstance(asked, torch.dtype) else getattr(torch, str(asked))
+
+
+def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
     """Weights of 8 or 11 significant bits do not move under small updates."""
+    if inner.dtype != torch.float32 and bf16 and stage == 0:
+        raise ConfigError(
+            f"ZeRO stage 0 trains the weights as they are loaded, in "
+            f"{str(inner.dtype).removeprefix('torch.')}: there would be no fp32 masters. Load them "
+            "in float32, or use stage 1 to 3."
+        )
     if inner.dtype != torch.float32 and not bf16:
         raise ConfigError(
             f"bf16=False with weights loaded in {str(inner.dtype).removeprefix('torch.')}: they "
@@ -339,7 +353,7 @@ def export(worker: Worker) -> None:
             weights,
             job.rendering,
             job.paths.export,
-            dtype=worker.loaded_dtype,
+            dtype=worker.export_dtype,
             training=about,
             last_ids=job.last_ids,
         )

@@ -43,6 +43,11 @@ def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3.")
+    if bf16 and stage == 0:
+        # DeepSpeed's bf16 engine keeps its masters to itself at stage 0; under autocast the weights
+        # are the masters, as in TRL.
+        settings["bf16"] = {"enabled": False}
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     if zero.get("overlap_comm") is True and stage < 2:
         raise ConfigError(
             f"deepspeed.zero_optimization.overlap_comm=true is not possible at stage {stage}: "

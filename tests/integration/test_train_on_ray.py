@@ -201,7 +201,7 @@ def test_zero_3_partitions_trains_and_exports_the_same_model(
 def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
     model: Path, tmp_path: Path
 ) -> None:
-    run = trainer(model, tmp_path / "run", num_train_epochs=1)
+    run = trainer(model, tmp_path / "run", num_train_epochs=1, num_workers=0)
     run.train()
     [checkpoint] = complete_checkpoints(run.paths.run)
     other = trainer(model, tmp_path / "other", num_train_epochs=1, learning_rate=2e-3)
