@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from raywards.config import RewardConfig, ScoreConfig, ServeConfig, TrainJob
-from raywards.errors import RaywardsError, did_you_mean
+from raywards.errors import ConfigError, RaywardsError, did_you_mean
 from raywards.settings import help_text, read_settings
 
 
@@ -73,10 +73,16 @@ def train(argv: list[str]) -> None:
 
     held_out = None
     if config.eval_strategy != "no" or config.eval_on_start:
-        names, split = job.dataset_name, job.dataset_test_split
         if job.eval_dataset_name is not None:
-            names, split = job.eval_dataset_name, job.dataset_train_split
-        held_out = read_rows(names, split=split, config=job.dataset_config)
+            held_out = read_rows(job.eval_dataset_name, split=job.dataset_test_split)
+        else:
+            # Strict: a file without splits would give the training rows themselves.
+            held_out = read_rows(
+                job.dataset_name,
+                split=job.dataset_test_split,
+                config=job.dataset_config,
+                strict_split=True,
+            )
     trainer = RewardTrainer(
         model=job.model_name_or_path,
         args=config,
@@ -116,8 +122,7 @@ def score(argv: list[str]) -> None:
 def quickstart(argv: list[str]) -> None:
     """The whole way on this machine: make data, train on two workers, serve, score."""
     if argv:
-        print("usage: raywards quickstart [no options]")
-        return
+        raise ConfigError(f"usage: raywards quickstart, without options; got {' '.join(argv)!r}.")
     # Its own small cluster, for a few minutes: no token files in the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
