@@ -287,7 +287,7 @@ class ServeConfig(_Frozen):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     """Precision of the forward. Default: the export's own."""
     device: str | None = None
-    """Torch device. Default: a GPU where the replica has one."""
+    """Torch device. Default: a GPU where the replica has one (`num_gpus`)."""
     max_length: Positive | None = None
     """Longest sequence in tokens that is accepted. Default: what the model can take."""
     max_batch_tokens: Positive = 16_384
@@ -373,8 +373,8 @@ class ScoreConfig(_Frozen):
     """Longest sequence in tokens that is accepted. Default: what the model can take."""
     max_batch_tokens: Positive = 16_384
     """Tokens of one forward, padding included."""
-    on_bad_row: Literal["error", "null"] = "error"
-    """A row that cannot be scored stops the job, or gets `reward: null` and `error`."""
+    on_bad_row: Literal["error", "keep"] = "error"
+    """A row that cannot be scored stops the job, or is kept with `reward: null` and `error`."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 

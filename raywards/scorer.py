@@ -9,14 +9,16 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from transformers import AutoModelForSequenceClassification
+from transformers.utils.hub import cached_file
 
 from raywards.checkpoint import MANIFEST, read_manifest
+from raywards.conversation import kind_of
 from raywards.errors import CheckpointError, ConversationError, NonFiniteError
 from raywards.loader import create_model_from_path, load_tokenizer
 from raywards.model import RewardModel
@@ -29,6 +31,10 @@ Conversation = Sequence[Mapping[str, Any]] | str
 Truncation = Literal["error", "left", "right"]
 
 _MAX_BATCH_SEQUENCES = 256
+# Weight files up to this size are hashed whole: a second each. Of larger ones, the header and the
+# start of every tensor: no training leaves all of those as they were.
+_HASHED_WHOLE_BYTES = 1 << 30
+_HASHED_OF_A_TENSOR_BYTES = 1 << 16
 
 
 class Scorer:
@@ -50,9 +56,11 @@ class Scorer:
         *,
         source: str,
         manifest: dict[str, Any] | None,
+        weights: str,
         max_length: int | None = None,
         max_batch_tokens: int = 16_384,
     ) -> None:
+        """`weights` is a digest of them, for `info["revision"]`."""
         self._model = model.eval()
         self._rendering = rendering
         self._manifest = manifest
@@ -66,7 +74,7 @@ class Scorer:
         self._pad_id = self._config.pad_token_id or 0
         self.vocab_size: int = self._config.vocab_size
         self.max_length = _max_length(self._config, rendering.tokenizer, max_length)
-        self.info = self._describe(source)
+        self.info = self._describe(source, weights)
 
     @classmethod
     def from_pretrained(
@@ -122,6 +130,7 @@ class Scorer:
             rendering,
             source=source,
             manifest=manifest,
+            weights=_weights_digest(_folder_of(source, inner, revision)),
             max_length=max_length,
             max_batch_tokens=max_batch_tokens,
         )
@@ -142,6 +151,12 @@ class Scorer:
         self, prompt: Conversation, responses: Sequence[Conversation]
     ) -> list[float]:
         """The reward of each response to one prompt, in order."""
+        if isinstance(responses, (str, Mapping)):
+            raise ConversationError(
+                f"the responses are {kind_of(responses)}; expected a list of them, so wrap it: "
+                "score_responses(prompt, [response])[0].",
+                reason="not_a_list",
+            )
         return self.score_ids([self.encode_response(prompt, response) for response in responses])
 
     def encode(
@@ -177,7 +192,15 @@ class Scorer:
         message. A prompt of text becomes a user message where the model was trained on
         conversations (an export says so; another model: where it has a chat template), and is
         joined to a response of text otherwise.
+
+        Raises `ConversationError`, as `encode` does.
         """
+        for name, value in (("prompt", prompt), ("response", response)):
+            if not isinstance(value, (str, list, tuple)):
+                raise ConversationError(
+                    f"the {name} is {kind_of(value)}; expected text, or a list of messages.",
+                    reason="malformed",
+                )
         if isinstance(prompt, str) and isinstance(response, str) and not self._takes_messages:
             return self.encode(prompt + response, truncation=truncation)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -226,7 +249,9 @@ class Scorer:
     def verify(self) -> None:
         """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
 
-        A foreign model has none stored; its probe is that it gives a finite reward.
+        A foreign model has none stored; its probe is that it gives a finite reward. The stored ones
+        are a CPU's. Another kind of device sums in another order, so fp32 may differ there by 1e-4
+        of their spread (an estimate: the bound that the export states was measured on a CPU).
         """
         if self._manifest is None:
             self._forward([[0, min(1, self.vocab_size - 1)]])
@@ -235,7 +260,9 @@ class Scorer:
         found = self._forward([probe["input_ids"] for probe in stored])
         worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
         # The stored rewards have the rounding of the type they were stored in.
-        bounds = self._manifest["bounds"]
+        bounds: dict[str, float] = dict(self._manifest["bounds"])
+        if self._device.type != "cpu":
+            bounds["float32"] = 1e-4 * max(1.0, self._manifest["reward_sd"])
         types = (self.info["dtype"], self._manifest["dtype"])
         bound = max(bounds.get(name, bounds["bfloat16"]) for name in types)
         if not worst <= bound:
@@ -276,10 +303,11 @@ class Scorer:
             return "classifier"
         return "last_token" if self._skip_id is None else "last_non_pad_id"
 
-    def _describe(self, source: str) -> dict[str, Any]:
+    def _describe(self, source: str, weights: str) -> dict[str, Any]:
         dtype = str(next(self._model.parameters()).dtype).removeprefix("torch.")
         bounds = (self._manifest or {}).get("bounds", {})
-        identity = self._manifest or self._config.to_dict()
+        fingerprint = self._rendering.fingerprint()
+        identity = [self._manifest or _plain_config(self._config), weights, fingerprint]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode())
         return {
             "model": source,
@@ -296,6 +324,49 @@ class Scorer:
             "revision": f"sha256:{digest.hexdigest()}",
             "training": (self._manifest or {}).get("training"),
         }
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The config without what depends on where and how it was loaded."""
+    here = {"_name_or_path", "_commit_hash", "dtype", "torch_dtype", "transformers_version"}
+    return {name: value for name, value in config.to_dict().items() if name not in here}
+
+
+def _folder_of(source: str, inner: Any, revision: str | None) -> Path:
+    """The folder that `inner` was loaded from: `source`, or a snapshot in the hub's cache."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    commit = getattr(inner.config, "_commit_hash", None) or revision
+    return Path(cached_file(source, "config.json", revision=commit, local_files_only=True)).parent
+
+
+def _weights_digest(folder: Path) -> str:
+    """A hash of the weight files of a model folder: their names, sizes and content."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            if size <= _HASHED_WHOLE_BYTES or path.suffix != ".safetensors":
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+            else:
+                for piece in _pieces(file):
+                    digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(file: BinaryIO) -> Iterator[bytes]:
+    """The header of a safetensors file, and the start of each tensor."""
+    length = file.read(8)
+    header = file.read(int.from_bytes(length, "little"))
+    yield header
+    tensors = {name: about for name, about in json.loads(header).items() if name != "__metadata__"}
+    for name in sorted(tensors):
+        start, end = tensors[name]["data_offsets"]
+        file.seek(8 + len(header) + start)
+        yield file.read(min(end - start, _HASHED_OF_A_TENSOR_BYTES))
 
 
 def _default_device() -> str:

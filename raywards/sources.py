@@ -65,13 +65,18 @@ class RowSet:
         return any(row["margin"] is not None for row in dataset.select_columns(["margin"]))
 
 
-def read_rows(source: Any, *, split: str = "train", config: str | None = None) -> list[RowSet]:
+def read_rows(
+    source: Any, *, split: str = "train", config: str | None = None, strict_split: bool = False
+) -> list[RowSet]:
     """Open a source, or a list of sources, as sets of rows, in the order given.
 
     A source is a `datasets.Dataset`, a `DatasetDict` (its `split`), a path or glob of .jsonl, .json
     or .parquet files, a folder of such files, a folder written by `save_to_disk`, or a hub id. What
     looks like a path is never looked up on the hub; `config` names the configuration of a dataset
     there. A `RowSet` is taken as it is.
+
+    What has no splits gives all of its rows, unless `strict_split`: then it is refused, so that no
+    training rows pass for held-out ones.
 
     Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a line
     that is not a JSON object.
@@ -82,7 +87,8 @@ def read_rows(source: Any, *, split: str = "train", config: str | None = None) -
         raise ConfigError("The list of data sources is empty: name at least one.")
     sets: list[RowSet] = []
     for index, one in enumerate(sources):
-        sets += _open(one, split, f"dataset[{index}]" if several else "dataset", config)
+        name = f"dataset[{index}]" if several else "dataset"
+        sets += _open(one, _Split(split, strict_split), name, config)
     for rows in sets:
         if not len(rows):
             raise ConfigError(f"{rows.name} has no rows: there is nothing to train on in it.")
@@ -111,7 +117,20 @@ _short.maxstring = _short.maxother = 60
 _short.maxlist = _short.maxdict = _short.maxlevel = 3
 
 
-def _open(source: Any, split: str, name: str, config: str | None) -> list[RowSet]:
+class _Split(NamedTuple):
+    name: str
+    strict: bool
+
+    def check_splitless(self, source: object) -> None:
+        """Raise where `source`, which has no splits, may not stand for one."""
+        if self.strict:
+            raise ConfigError(
+                f"{source} has no split {self.name!r}: all its rows would be taken, those trained "
+                "on too. Name held-out rows with --eval_dataset_name."
+            )
+
+
+def _open(source: Any, split: _Split, name: str, config: str | None) -> list[RowSet]:
     if isinstance(source, RowSet):
         return [source]
     if isinstance(source, (str, PathLike)):
@@ -119,10 +138,12 @@ def _open(source: Any, split: str, name: str, config: str | None) -> list[RowSet
     import datasets
 
     if isinstance(source, datasets.Dataset):
+        split.check_splitless(name)
         # A torch or numpy format would hand out tensors where rows hold lists.
         return [RowSet(name, source.with_format(None))]
     if isinstance(source, datasets.DatasetDict):
-        return [RowSet(f"{name}[{split!r}]", _pick(source, split, name).with_format(None))]
+        rows = _pick(source, split.name, name).with_format(None)
+        return [RowSet(f"{name}[{split.name!r}]", rows)]
     if isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
         raise ConfigError(
             f"{name} is a {type(source).__name__}. Rows are encoded once, counted and shuffled "
@@ -146,18 +167,20 @@ def _pick(splits: Mapping[str, Any], split: str, name: str) -> Any:
     )
 
 
-def _open_name(source: str | PathLike[str], split: str, config: str | None) -> list[RowSet]:
+def _open_name(source: str | PathLike[str], split: _Split, config: str | None) -> list[RowSet]:
     text = fspath(source)
     path = Path(text).expanduser()
     if path.is_dir():
         return _open_folder(path, split)
     if path.is_file():
+        split.check_splitless(path)
         return [_open_file(path, path.name)]
     if any(mark in text for mark in "*?["):
         found = sorted(Path(match) for match in glob(str(path), recursive=True))
         files = [file for file in found if file.is_file()]
         if not files:
             raise ConfigError(f"No file matches {text!r} (looked from {Path.cwd()}).")
+        split.check_splitless(text)
         return _open_files(files)
     if "://" in text:
         raise ConfigError(
@@ -166,7 +189,7 @@ def _open_name(source: str | PathLike[str], split: str, config: str | None) -> l
         )
     if isinstance(source, PathLike) or _looks_local(text):
         _refuse_missing(text, path)
-    return [_open_hub(text, split, config)]
+    return [_open_hub(text, split.name, config)]
 
 
 def _looks_local(text: str) -> bool:
@@ -189,7 +212,7 @@ def _refuse_missing(text: str, path: Path) -> NoReturn:
     raise ConfigError(message)
 
 
-def _open_folder(folder: Path, split: str) -> list[RowSet]:
+def _open_folder(folder: Path, split: _Split) -> list[RowSet]:
     import datasets
 
     table = all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
@@ -200,7 +223,9 @@ def _open_folder(folder: Path, split: str) -> list[RowSet]:
             raise ConfigError(f"{folder} is not a whole saved dataset: {error}") from error
         name = folder.name
         if isinstance(saved, datasets.DatasetDict):
-            return [RowSet(f"{name}[{split!r}]", _pick(saved, split, str(folder)))]
+            rows = _pick(saved, split.name, str(folder))
+            return [RowSet(f"{name}[{split.name!r}]", rows)]
+        split.check_splitless(folder)
         return [RowSet(name, saved.with_format(None))]
     files = sorted(
         file
@@ -225,21 +250,22 @@ _SPLITS = {
 }
 
 
-def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+def _of_split(files: list[Path], folder: Path, split: _Split) -> list[Path]:
     """Where file names say which split they are, only those of `split`; else all of them."""
 
     def words(file: Path) -> set[str]:
         return set(re.split(r"[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower()))
 
-    wanted = {split, *_SPLITS.get(split, ())}
+    wanted = {split.name, *_SPLITS.get(split.name, ())}
     known = wanted.union(*_SPLITS.values())
     if not any(words(file) & known for file in files):
+        split.check_splitless(folder)
         return files
     chosen = [file for file in files if words(file) & wanted]
     if not chosen:
         names = ", ".join(str(file.relative_to(folder)) for file in files[:8])
         raise ConfigError(
-            f"The folder {folder} has no file of the split {split!r}; it has {names}. "
+            f"The folder {folder} has no file of the split {split.name!r}; it has {names}. "
             "Name the split, or the files themselves."
         )
     return chosen

@@ -31,7 +31,7 @@ from raywards.errors import (
 )
 from raywards.schemas import RewardRequest
 from raywards.serve.app import create_app
-from raywards.serve.replica import RewardService
+from raywards.serve.replica import RewardService, load
 
 KEY = "s3cret-key"
 
@@ -696,6 +696,63 @@ def test_no_text_of_a_request_reaches_the_log(
     assert [line["event"] for line in lines] == ["scored", "refused", "refused"]
     assert all(line["request_id"] for line in lines)
     assert "PRIVATE-TEXT" not in caplog.text
+
+
+@pytest.mark.parametrize("fails", ["score_ids", "encode_rendered"])
+def test_no_text_of_an_exception_reaches_log_or_caller(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    def fail(*_: object, **__: object) -> Any:
+        try:
+            raise ValueError("PRIVATE-TEXT")
+        except ValueError as error:
+            raise KeyError("PRIVATE-TEXT too") from error
+
+    with Served() as server, caplog.at_level("INFO", logger="raywards"):
+        monkeypatch.setattr(server.scorer, fails, fail)
+        if fails == "score_ids":
+            server.service._batcher._score = fail
+        response = server.post({"input": "PRIVATE-TEXT"})
+    assert response.status_code == 500
+    assert "PRIVATE-TEXT" not in response.text + caplog.text
+    [told] = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "KeyError at" in told
+    assert "caused by ValueError at" in told
+    assert "test_client.py:" in told
+
+
+def test_a_batcher_that_dies_tells_no_text(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> Any:
+        raise ValueError("PRIVATE-TEXT")
+
+    with Served() as server:
+        monkeypatch.setattr(server.service._batcher, "_fill", fail)
+        response = server.post({"input": "a"})
+    assert response.status_code == 500
+    assert "the batcher died: ValueError at" in caplog.text
+    assert "PRIVATE-TEXT" not in response.text + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "device"),
+    [({}, "cpu"), ({"num_gpus": 0.5}, "cuda"), ({"num_gpus": 1, "device": "cuda:1"}, "cuda:1")],
+)
+def test_a_replica_takes_a_gpu_only_where_it_has_one(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], device: str
+) -> None:
+    from raywards.scorer import Scorer
+
+    asked = []
+
+    def from_pretrained(folder: str, **settings: Any) -> Any:
+        asked.append(settings["device"])
+        return FakeScorer()
+
+    monkeypatch.setattr(Scorer, "from_pretrained", from_pretrained)
+    load(ServeConfig(model="fake", verify=False, **settings))
+    assert asked == [device]
 
 
 def test_a_dead_batcher_makes_the_health_check_fail() -> None:

@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import yaml
 
@@ -23,6 +24,7 @@ from raywards.config import (
 )
 from raywards.errors import ConfigError
 from raywards.settings import field_names, help_text, read_settings
+from raywards.sources import read_rows
 from raywards.trl_fields import REFUSED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -359,6 +361,40 @@ def test_help_names_every_setting_with_its_meaning() -> None:
         fields: Any = getattr(cls, "__pydantic_fields__", None) or cls.model_fields  # type: ignore[union-attr]
         assert len(fields) > 5
         assert [name for name, field in fields.items() if not field.description] == []
+
+
+# ---------------------------------------------------------------- the splits that are named
+
+
+@pytest.mark.parametrize("kind", ["file", "glob", "folder", "saved", "table"])
+def test_a_source_without_splits_has_no_held_out_rows(tmp_path: Path, kind: str) -> None:
+    table = datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}])
+    (tmp_path / "rows").mkdir()
+    table.to_json(tmp_path / "rows" / "pairs.jsonl")
+    table.save_to_disk(tmp_path / "saved")
+    source = {
+        "file": tmp_path / "rows" / "pairs.jsonl",
+        "glob": f"{tmp_path}/rows/*.jsonl",
+        "folder": tmp_path / "rows",
+        "saved": tmp_path / "saved",
+        "table": table,
+    }[kind]
+    assert [len(rows) for rows in read_rows(source, split="test")] == [1]
+    with pytest.raises(ConfigError, match=r"has no split 'test'.*--eval_dataset_name"):
+        read_rows(source, split="test", strict_split=True)
+
+
+def test_a_strict_split_is_found_where_there_are_splits(tmp_path: Path) -> None:
+    tables = {
+        name: datasets.Dataset.from_list([{"chosen": "a", "rejected": "b"}] * count)
+        for name, count in (("train", 3), ("test", 2))
+    }
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    (tmp_path / "rows").mkdir()
+    for name, table in tables.items():
+        table.to_json(tmp_path / "rows" / f"{name}.jsonl")
+    for source in (tmp_path / "saved", tmp_path / "rows", datasets.DatasetDict(tables)):
+        assert [len(r) for r in read_rows(source, split="test", strict_split=True)] == [2]
 
 
 # ---------------------------------------------------------------- the object itself

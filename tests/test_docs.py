@@ -305,6 +305,16 @@ def test_the_other_routes_and_the_key_are_as_the_page_says(folder: Path, server:
     assert refused.json()["error"]["code"] == "invalid_api_key"
     accepted = guarded.send("POST", "/v1/reward", body, authorization="Bearer s3cret")
     assert accepted.status_code == 200
-    assert all(guarded.send("GET", f"/{name}").status_code == 200 for name in ("ready", "info"))
+    key = {"authorization": "Bearer s3cret"}
+    for path in ("/health", "/ready"):
+        assert guarded.send("GET", path).status_code == 200
+    for path in ("/info", "/docs", "/openapi.json"):
+        assert f"`{path}`" in HTTP.partition("## API key")[2].partition("##")[0]
+        assert guarded.send("GET", path).json()["error"]["code"] == "invalid_api_key"
+        assert guarded.send("GET", path, authorization="Bearer wrong").status_code == 401
+        assert guarded.send("GET", path, **key).status_code == 200
+        assert server.send("GET", path).status_code == 200
+    for path in ("/redoc", "/docs/oauth2-redirect"):  # FastAPI's, open by default
+        assert guarded.send("GET", path).status_code == 404
     encoded = guarded.send("POST", "/v1/reward", body, **{"content-encoding": "gzip"})
     assert encoded.status_code == 401  # the key comes first

@@ -254,6 +254,14 @@ def test_rendered_text_gets_nothing_added(scorer: Scorer, export: Path) -> None:
         (lambda s: s.check_ids([1.0]), "not_in_vocabulary", "input_ids[0] is 1.0"),
         (lambda s: s.check_ids([s.vocab_size]), "not_in_vocabulary", "input_ids[0]"),
         (lambda s: s.score_ids([[1], []]), "empty", "nothing to score"),
+        (lambda s: s.encode(None), "malformed", "is None"),
+        (lambda s: s.encode(b"Hi"), "malformed", "is bytes"),
+        (lambda s: s.encode([3]), "malformed", "messages[0] is int"),
+        (lambda s: s.encode_response(3, "Hi"), "malformed", "the prompt is int"),
+        (lambda s: s.encode_response("Hi", None), "malformed", "the response is None"),
+        (lambda s: s.encode_response({"role": "user"}, "Hi"), "malformed", "the prompt is dict"),
+        (lambda s: s.encode_response([None], "Hi"), "malformed", "messages[0] is None"),
+        (lambda s: s.score_responses("Hi", "Hello"), "not_a_list", "the responses are str"),
         (lambda s: s.score_ids([[10**6]]), "not_in_vocabulary", "input_ids[0]"),
     ],
 )
@@ -338,6 +346,59 @@ def test_verify_fails_when_a_weight_is_changed(damaged: Path) -> None:
     scorer = Scorer.from_pretrained(damaged, device="cpu")
     with pytest.raises(CheckpointError, match="differ by"):
         scorer.verify()
+
+
+def test_another_kind_of_device_may_differ_by_more_than_a_cpu(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU: the numbers are the CPU's, moved by what a GPU may differ by."""
+    scorer = Scorer.from_pretrained(damaged, device="cpu")
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    sd = max(1.0, manifest["reward_sd"])
+
+    def moved(by: float) -> None:
+        rewards = [probe["reward"] + by * sd for probe in manifest["rewards"]]
+        monkeypatch.setattr(scorer, "_forward", lambda sequences: rewards)
+
+    moved(5e-5)
+    with pytest.raises(CheckpointError, match="differ by"):
+        scorer.verify()
+    monkeypatch.setattr(scorer, "_device", torch.device("cuda"))
+    scorer.verify()
+    moved(2e-4)
+    with pytest.raises(CheckpointError, match="differ by"):
+        scorer.verify()
+
+
+# ---------------------------------------------------------------- the revision
+
+
+def nudge_last(weights: dict[str, torch.Tensor]) -> None:
+    weights["score.weight"][0, -1] += 0.1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("kind", ["foreign", "export"])
+def test_other_weights_or_another_rendering_are_another_revision(
+    kind: str, whole: bool, request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not whole:
+        monkeypatch.setattr("raywards.scorer._HASHED_WHOLE_BYTES", 1000)
+    original: Path = request.getfixturevalue(kind)
+
+    def revision(folder: Path, **settings: Any) -> str:
+        told: str = Scorer.from_pretrained(folder, device="cpu", **settings).info["revision"]
+        return told
+
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    first = revision(original)
+    assert revision(copy) == revision(copy, dtype="bfloat16") == first
+    change_weights(copy, nudge_last)
+    changed = revision(copy)
+    assert changed != first
+    if kind == "foreign":  # an export is refused
+        swap_template(copy)
+        assert revision(copy) not in (first, changed)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])

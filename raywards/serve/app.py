@@ -18,11 +18,12 @@ import re
 import signal
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import SecretStr
 from starlette.datastructures import Headers
@@ -33,6 +34,7 @@ from raywards import errors
 from raywards.client import RewardClient
 from raywards.config import ServeConfig
 from raywards.errors import (
+    ConfigError,
     DeadlineError,
     OverloadedError,
     RaywardsError,
@@ -41,6 +43,7 @@ from raywards.errors import (
     UnreachableError,
 )
 from raywards.schemas import ErrorBody, parse_body
+from raywards.serve.batcher import raised_at
 from raywards.serve.dialects import Route, native
 from raywards.serve.replica import REQUEST_ID, RewardService, load, log_event
 
@@ -77,10 +80,15 @@ def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = 
         description="Rewards of conversations from a served reward model.",
         lifespan=lifespan,
         separate_input_output_schemas=False,
+        # FastAPI's own pages ask for no key: `_add_guarded` has ours.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
     )
     for route in ROUTES:
         _add_route(app, route, current, echo_request_id)
     _add_probes(app, current)
+    _add_guarded(app, current)
     app.add_exception_handler(HTTPException, _not_a_route)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -117,27 +125,28 @@ def deploy(config: ServeConfig) -> DeploymentHandle[Any]:
     """Start the model on the running Ray cluster, or a new local one, and wait until it is ready.
 
     `await handle.reward.remote({"messages": [...]})` then scores without HTTP. Raises what the
-    replica raised if the model cannot be served: `ModelError`, `CheckpointError`, ...
+    replica raised if the model cannot be served: `ModelError`, `CheckpointError`, ...; and
+    `ConfigError` where the port is taken.
     """
-    from ray import serve
-
-    serve.start(http_options={"host": config.host, "port": config.port})
-    try:
-        return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
-    except RuntimeError:
-        raise _start_failure(config) from None
+    _start(config)
+    return _deploy(config)
 
 
 def run(config: ServeConfig) -> None:
-    """Serve until SIGINT, SIGTERM, or until somebody deletes the application: what a job does."""
+    """Serve until SIGINT, SIGTERM, or until somebody deletes the application: what a job does.
+
+    Raises `KeyboardInterrupt` where one of the signals comes before the model is ready.
+    """
     from ray import serve
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _start(config)  # first: where it starts a local Ray, that takes SIGTERM for itself
     try:
-        deploy(config)
+        # A deployment may wait for ever, for a GPU that the cluster does not have.
+        _on_signals(_interrupt)
+        _deploy(config)
         _check_endpoint(config)
+        _on_signals(lambda *_: stop.set())
         logger.info("serving %s as %r at %s", config.model, config.name, endpoint(config))
         while not stop.wait(_POLL_S):
             application = serve.status().applications.get(config.name)
@@ -162,6 +171,7 @@ class RewardReplica:
         _log_to_serve()
         self.service = load(config)
         self.service.start()  # Serve calls constructors on the loop that serves requests
+        _log_no_messages()
 
     async def reward(self, request: dict[str, Any]) -> dict[str, Any]:
         """`POST /v1/reward` without HTTP, for callers inside the cluster. Raises `ServiceError`;
@@ -249,10 +259,34 @@ def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
         """Whether this replica has verified its model and accepts requests."""
         return probe("ready")
 
-    @app.get("/info", response_model=None)
-    async def info() -> Response:
-        """What is served: model, revision, limits, rendering."""
-        return _json(200, current().info())
+
+def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
+    """What tells about the model or the server: with a key set, only to who has it."""
+
+    def guard(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            try:
+                _authorize(request.headers, current().config.api_key)
+            except ServiceError as error:
+                return _error_response(error, ROUTES[0])
+            return answer(request)
+
+        return endpoint
+
+    def docs(request: Request) -> Response:
+        prefix = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title=app.title)
+
+    app.add_api_route(
+        "/info",
+        guard(lambda _: _json(200, current().info())),
+        response_model=None,
+        name="info",
+        description="What is served: model, revision, limits, rendering.",
+    )
+    schema = guard(lambda _: _json(200, app.openapi()))
+    app.add_api_route("/openapi.json", schema, response_model=None, include_in_schema=False)
+    app.add_api_route("/docs", guard(docs), response_model=None, include_in_schema=False)
 
 
 def _authorize(headers: Headers, key: SecretStr | None) -> None:
@@ -326,9 +360,9 @@ def _json(status: int, body: object) -> Response:
 
 
 def _as_service_error(error: Exception, request_id: str) -> ServiceError:
-    """`error`, if it is for the caller; else only its request id, with the rest in the log."""
+    """`error`, if it is for the caller; else only its request id; the log has its place."""
     if not isinstance(error, ServiceError):
-        logger.error("request %s failed", request_id, exc_info=error)
+        logger.error("request %s failed: %s", request_id, raised_at(error))
         error = ServiceError(
             f"internal error; the server's log has it under request id {request_id}",
             status=500,
@@ -391,6 +425,56 @@ def _log_to_serve() -> None:
     package = logging.getLogger("raywards")
     package.handlers = list(logging.getLogger("ray.serve").handlers)
     package.setLevel(logging.INFO)
+
+
+def _log_no_messages() -> None:
+    """From here on, exceptions in the replica's log lose their text: it could repeat a request's.
+
+    Serve logs what a call through the handle raises, message and all.
+    """
+
+    def place_only(record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            record.msg = f"{record.getMessage()} {raised_at(record.exc_info[1])}"
+            record.args = record.exc_info = record.exc_text = None
+        return True
+
+    for handler in logging.getLogger("ray.serve").handlers:
+        handler.addFilter(place_only)
+
+
+def _start(config: ServeConfig) -> None:
+    """Have Serve and its HTTP server running. Raises `ConfigError` where the port is taken."""
+    from ray import serve
+
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port})
+    except RuntimeError as error:
+        if "Failed to bind" not in str(error):
+            raise
+        serve.shutdown()  # else it stays, without an HTTP server
+        raise ConfigError(
+            f"host={config.host!r}, port={config.port}: the address cannot be bound: something "
+            "else listens there, or the host is not this machine's. Choose another port."
+        ) from None
+
+
+def _deploy(config: ServeConfig) -> DeploymentHandle[Any]:
+    from ray import serve
+
+    try:
+        return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
+    except RuntimeError:
+        raise _start_failure(config) from None
+
+
+def _on_signals(handle: Callable[..., object]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _start_failure(config: ServeConfig) -> RaywardsError:

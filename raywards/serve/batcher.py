@@ -16,6 +16,7 @@ import asyncio
 import logging
 import math
 import time
+import traceback
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -265,7 +266,7 @@ class Batcher:
                 if batch:
                     await self._compute(batch)
         except BaseException as error:
-            logger.exception("the batcher died")
+            logger.error("the batcher died: %s", raised_at(error))
             for submission in self._waiting:
                 submission.fail(_failed("the batcher of this replica died", error))
             if not isinstance(error, Exception):
@@ -361,7 +362,7 @@ class Batcher:
             try:
                 rewards, seconds = await self._forward(part)
             except Exception as error:
-                logger.error("scoring failed for one request", exc_info=error)
+                logger.error("scoring failed for one request: %s", raised_at(error))
                 submission.fail(_scoring_failed(error, part))
             else:
                 self._deliver(part, rewards, seconds)
@@ -512,6 +513,23 @@ class _Filling:
         return extra <= _MOST_WASTE * self.cost(1, length, length) + _WASTE_TOKENS
 
 
+def raised_at(error: BaseException) -> str:
+    """`ValueError at model.py:31 in forward < scorer.py:9 in score`: for the log.
+
+    Without its message and its notes, which could repeat what was scored.
+    """
+    told: list[str] = []
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        frames = reversed(traceback.extract_tb(one.__traceback__))
+        places = " < ".join(f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in frames)
+        told.append(f"{type(one).__name__} at {places or 'no known place'}")
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    return "; caused by ".join(told)
+
+
 def _scoring_failed(error: Exception, part: list[_Entry]) -> ServiceError:
     if isinstance(error, NonFiniteError):
         position = error.__dict__.get("index", 0)
@@ -530,9 +548,9 @@ def _not_finite(index: int) -> ServiceError:
 
 
 def _failed(what: str, cause: BaseException) -> ServiceError:
-    """The cause's text stays in the log: it could repeat what was scored."""
+    """The cause's text is told to nobody: it could repeat what was scored."""
     error = ServiceError(
-        f"{what} ({type(cause).__name__}); the server's log has the details",
+        f"{what} ({type(cause).__name__}); the server's log says where",
         status=500,
         code="scoring_failed",
     )

@@ -273,7 +273,8 @@ def load(config: ServeConfig) -> RewardService:
     scorer = Scorer.from_pretrained(
         config.model,
         dtype=config.dtype,
-        device=config.device,
+        # Not by what is visible: Ray hides no GPU from a replica that has none.
+        device=config.device or ("cuda" if config.num_gpus else "cpu"),
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
         trust_remote_code=config.trust_remote_code,
