@@ -139,13 +139,14 @@ def run(config: ServeConfig) -> None:
     """
     from ray import serve
 
-    stop = threading.Event()
+    stop, ready = threading.Event(), False
     _start(config)  # first: where it starts a local Ray, that takes SIGTERM for itself
     try:
         # A deployment may wait for ever, for a GPU that the cluster does not have.
         _on_signals(_interrupt)
         _deploy(config)
         _check_endpoint(config)
+        ready = True
         _on_signals(lambda *_: stop.set())
         logger.info("serving %s as %r at %s", config.model, config.name, endpoint(config))
         while not stop.wait(_POLL_S):
@@ -155,7 +156,8 @@ def run(config: ServeConfig) -> None:
             if application.status == "DEPLOY_FAILED":
                 raise _start_failure(config)
     finally:
-        serve.delete(config.name)
+        # Requests that are under way finish; where no replica came, there is none to wait for.
+        serve.delete(config.name, _blocking=ready)
 
 
 def endpoint(config: ServeConfig) -> str:

@@ -6,9 +6,12 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +112,8 @@ def test_the_endpoint_tells_what_it_serves(
     info = client.info()
     assert info["revision"] == scorer.info["revision"]
     assert info["limits"]["max_length"] == scorer.max_length == 512
-    schema = httpx.get(f"{endpoint(config)}/openapi.json").json()
+    key = {"authorization": f"Bearer {KEY}"}
+    schema = httpx.get(f"{endpoint(config)}/openapi.json", headers=key).json()
     assert "RewardRequest" in schema["components"]["schemas"]
 
 
@@ -187,28 +191,108 @@ def test_a_full_replica_answers_503_and_a_client_that_waits_gets_all(
     asyncio.run(main())
 
 
-def replica_pid() -> int:
-    [pid] = [
-        process.pid
+def replica() -> psutil.Process:
+    [process] = [
+        process
         for process in psutil.Process().children(recursive=True)
         if process.name().startswith("ray::ServeRepl") and "RewardModel" in process.cmdline()[0]
     ]
-    return pid
+    return process
+
+
+def assert_gone(process: psutil.Process) -> None:
+    _, alive = psutil.wait_procs([process], timeout=10)
+    assert not alive, "the replica was not killed: nothing was tested"
 
 
 def test_a_killed_replica_loses_and_changes_no_answer(client: RewardClient, scorer: Scorer) -> None:
     expected = scorer.score(TALKS)
     assert client.score(TALKS) == pytest.approx(expected, abs=1e-5)
-    killed = replica_pid()
-    os.kill(killed, signal.SIGKILL)
+    killed = replica()
+    killed.kill()
     assert client.score(TALKS) == pytest.approx(expected, abs=1e-5)
-    assert replica_pid() != killed
+    assert_gone(killed)
+    second = replica()
+    assert second.pid != killed.pid
 
     # And once more, while requests are under way.
-    threading.Timer(0.3, os.kill, (replica_pid(), signal.SIGKILL)).start()
+    timer = threading.Timer(0.3, second.kill)
+    timer.start()
     deadline = time.monotonic() + 1
     while time.monotonic() < deadline:
         assert client.score(TALKS) == pytest.approx(expected, abs=1e-5)
+    timer.join()
+    assert_gone(second)
+    assert client.score(TALKS) == pytest.approx(expected, abs=1e-5)
+    assert replica().pid != second.pid
+
+
+def test_what_a_call_of_the_handle_raises_is_logged_without_its_text(handle: Any) -> None:
+    import ray
+
+    with pytest.raises(RequestRefusedError, match="PRIVATE_TEXT"):
+        handle.reward.remote({"PRIVATE_TEXT": 1}).result(timeout_s=60)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path()) / "serve"
+    deadline = time.monotonic() + 20
+    while True:
+        told = "".join(file.read_text() for file in logs.rglob("*RewardModel*"))
+        if "RequestRefusedError at" in told or time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    assert "RequestRefusedError at" in told
+    assert "PRIVATE_TEXT" not in told
+
+
+# ---------------------------------------------------------------- the command, with its own Ray
+
+
+@contextmanager
+def command(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """`raywards serve` on a local Ray of its own, of which nothing stays."""
+    program = "import sys; from raywards.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "serve", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    below: list[psutil.Process] = []
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            below = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(30)
+        _, alive = psutil.wait_procs(below, timeout=20)
+        for child in alive:
+            child.kill()
+
+
+def test_a_taken_port_is_one_error_that_names_it(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with command("--model", str(folder), "--port", port) as process:
+            output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    [told] = [line for line in output.splitlines() if line.startswith("ConfigError: ")]
+    assert f"host='127.0.0.1', port={port}" in told
+    assert "\nTraceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_deployment_that_waits_for_a_gpu_can_be_interrupted(folder: Path, number: int) -> None:
+    port = str(free_port())
+    with command("--model", str(folder), "--port", port, "--num_gpus", "1") as process:
+        assert process.stdout is not None
+        seen = ""
+        while "Adding 1 replica" not in seen:
+            line = process.stdout.readline()
+            assert line, seen
+            seen += line
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Interrupted." in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
