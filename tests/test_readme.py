@@ -56,7 +56,6 @@ class NotRun(NamedTuple):
 
 # A block of Python is named by its first line.
 RUN_BY: dict[str, str | Elsewhere | NotRun] = {
-    "git clone https://github.com/raywards/raywards && cd raywards": NotRun("needs the network"),
     "make demo": "test_make_demo_does_what_it_promises_and_leaves_no_process",
     "pip install 'raywards[train]'": NotRun("needs a package registry"),
     "pip install 'raywards[serve]'": NotRun("needs a package registry"),
