@@ -109,9 +109,13 @@ def show(value: object) -> str:
     """`float 3.5`, `str 'some long te...text'`: kind and a short look."""
     if value is None:
         return "None"
-    return f"{type(value).__name__} {_short.repr(value)}"
+    look = _short.repr(value)
+    if len(look) > _LONGEST_LOOK:
+        look = look[: _LONGEST_LOOK - 3] + "..."
+    return f"{type(value).__name__} {look}"
 
 
+_LONGEST_LOOK = 120  # SECURITY.md says so
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 _short.maxlist = _short.maxdict = _short.maxlevel = 3

@@ -24,7 +24,7 @@ from raywards.config import (
 )
 from raywards.errors import ConfigError
 from raywards.settings import field_names, help_text, read_settings
-from raywards.sources import read_rows
+from raywards.sources import read_rows, show
 from raywards.trl_fields import REFUSED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -395,6 +395,12 @@ def test_a_strict_split_is_found_where_there_are_splits(tmp_path: Path) -> None:
         table.to_json(tmp_path / "rows" / f"{name}.jsonl")
     for source in (tmp_path / "saved", tmp_path / "rows", datasets.DatasetDict(tables)):
         assert [len(r) for r in read_rows(source, split="test", strict_split=True)] == [2]
+
+
+def test_an_error_about_a_row_quotes_a_short_piece_of_it() -> None:
+    turns = [{"role": "user" * 50, "content": "text " * 50, "name": "n" * 99}] * 9
+    for value in (turns, "text " * 50, {"a": turns}, 10**400):
+        assert len(show(value)) <= 120 + len("list ")
 
 
 # ---------------------------------------------------------------- the object itself
