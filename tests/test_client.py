@@ -46,6 +46,7 @@ class FakeScorer:
         self.info: dict[str, Any] = {"vocab_size": 300, "revision": "sha256:abc"}
         self.gate = threading.Event()
         self.gate.set()
+        self.entered = threading.Event()
         self.computed = 0
 
     def encode(
@@ -89,9 +90,17 @@ class FakeScorer:
         return list(ids)
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        self.entered.set()
         assert self.gate.wait(20)
         self.computed += len(sequences)
         return [math.nan if 299 in ids else reward_of(ids) for ids in sequences]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def reward_of(ids: Sequence[int]) -> float:
@@ -393,7 +402,8 @@ def test_overload_is_waited_out_by_the_client() -> None:
         for ids in ([1], [2] * 8):  # one computes, one waits
             waiting.append(threading.Thread(target=server.post, args=({"input_ids": ids},)))
             waiting[-1].start()
-            time.sleep(0.2)
+            assert server.scorer.entered.wait(10)
+        wait_until(lambda: server.service.info()["batcher"]["queued_tokens"] == 8)
         full = server.post({"input_ids": [3] * 5})
         assert full.status_code == 503
         assert int(full.headers["retry-after"]) >= 1
@@ -674,10 +684,9 @@ def test_a_stopping_server_says_so_and_finishes_what_it_took() -> None:
         answers: list[httpx.Response] = []
         thread = threading.Thread(target=lambda: answers.append(server.post({"input": "a"})))
         thread.start()
-        time.sleep(0.2)
+        assert server.scorer.entered.wait(10)
         loop_calls = asyncio.run_coroutine_threadsafe(server.service.close(), server_loop(server))
-        time.sleep(0.2)
-        assert httpx.get(f"{server.url}/ready").status_code == 503
+        wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
         assert server.post({"input": "b"}).status_code == 503
         server.scorer.gate.set()
         loop_calls.result(10)

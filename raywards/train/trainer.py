@@ -112,9 +112,7 @@ class RewardTrainer:
         if model is None:
             raise ConfigError("model: is required: a hub id, a folder, or a classifier.")
         if train_dataset is None:
-            raise ConfigError(
-                "train_dataset: is required (TRL's wording: `train_dataset` is None)."
-            )
+            raise ConfigError("train_dataset: is required: a dataset, a file or a hub id.")
         model = _absolute_if_folder(model)
         self.model_id = model if isinstance(model, str) else str(model.config._name_or_path)
         self.args = _with_output_dir(args or RewardConfig(), self.model_id)
@@ -163,7 +161,8 @@ class RewardTrainer:
         """
         explicit = self._resume_point(resume_from_checkpoint)
         started = time.monotonic()
-        use_gpu = self._use_gpu()
+        if self.args.use_cpu and self.args.use_gpu:
+            raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
         if isinstance(self.args.deepspeed, str) and not self.args.deepspeed.isdigit():
             # A file is read once, here: workers run elsewhere, and its content is what counts.
             self.args.deepspeed = read_zero(self.args.deepspeed)
@@ -177,6 +176,7 @@ class RewardTrainer:
         self._check_model()
         job = self._prepare_job()
         freeze(self.args)
+        use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
         log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
         try:
             log.take("note", {"text": self._plan_in_words(job, use_gpu)})
@@ -279,8 +279,6 @@ class RewardTrainer:
 
     def _use_gpu(self) -> bool:
         if self.args.use_cpu:
-            if self.args.use_gpu:
-                raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
             return False
         if self.args.use_gpu is not None:
             return self.args.use_gpu
