@@ -451,6 +451,7 @@ def exporter(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.trains
 def test_a_kill_in_the_middle_leaves_a_whole_export(
     exporter: subprocess.Popen[str], tmp_path: Path
 ) -> None:

@@ -149,6 +149,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RewardTrainer:
     return trainer
 
 
+@pytest.mark.trains
 def test_every_field_of_the_manifests_is_described(run: RewardTrainer) -> None:
     [checkpoint] = complete_checkpoints(run.paths.run)
     known = words_in_code(CHECKPOINTS)

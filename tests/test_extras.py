@@ -39,6 +39,7 @@ def test_a_name_of_another_half_names_its_extra() -> None:
     assert "Scorer needs torch: pip install 'raywards[score]'" in done.stderr
 
 
+@pytest.mark.trains
 def test_the_scorer_imports_without_ray_deepspeed_and_datasets() -> None:
     code = "import raywards; raywards.Scorer"
     done = run_without({"ray", "deepspeed", "datasets"}, code)

@@ -443,6 +443,7 @@ print(inside, model.device, device_map())
 """
 
 
+@pytest.mark.trains
 def test_in_a_gloo_job_of_two_processes_the_device_map_is_none(reward_model: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

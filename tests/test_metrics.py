@@ -152,6 +152,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.trains
 def test_two_processes_count_every_pair_once(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     expected: Any = pytest.approx(whole())

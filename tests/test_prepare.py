@@ -261,6 +261,7 @@ def test_changed_rows_settings_or_templates_are_prepared_in_another_folder(
     assert len(list((tmp_path / "p").iterdir())) == len(found)
 
 
+@pytest.mark.trains
 def test_two_processes_encode_what_one_does(tmp_path: Path, rendering: Rendering) -> None:
     rows = [*text_rows(600), {"chosen": "same", "rejected": "same"}, *chat_rows(20)]
     source = write(tmp_path / "rows.jsonl", rows)
@@ -289,6 +290,7 @@ module.prepare({source!r}, Rendering(chatml_tokenizer()), settings, Path({folder
 """
 
 
+@pytest.mark.trains
 def test_a_kill_half_way_leaves_nothing_that_looks_prepared(
     tmp_path: Path, rendering: Rendering
 ) -> None:

@@ -469,6 +469,7 @@ def test_info_says_what_is_scored(scorer: Scorer, export: Path) -> None:
     assert info["revision"].startswith("sha256:")
 
 
+@pytest.mark.trains
 def test_scoring_needs_no_ray(export: Path) -> None:
     code = (
         "import sys; from raywards import Scorer; "
