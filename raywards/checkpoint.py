@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import glob
 import json
+import logging
 import math
 import os
 import shutil
@@ -29,6 +30,8 @@ from raywards.loader import create_model_from_path, load_tokenizer
 from raywards.model import RewardModel, stock_head
 from raywards.packing import pad
 from raywards.rendering import Rendering
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "raywards.json"
 FORMAT = 1
@@ -116,7 +119,9 @@ def complete_checkpoints(run: Path) -> list[Path]:
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError) and error.newer:
                 raise
-            # Otherwise it was cut off while it was written: an orphan.
+            # Without a manifest it was cut off while it was written: an orphan, and no news.
+            if (folder / MANIFEST).is_file():
+                logger.warning("passed over: %s", error)
     return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
 
 

@@ -89,6 +89,16 @@ def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfi
     return config
 
 
+def refuse_without_head(model_id: str, kwargs: dict[str, Any]) -> None:
+    """Raise `ModelError` for a model that has no trained reward head, such as a language model."""
+    if not _is_classifier(check_reward_model(model_id, kwargs)):
+        raise ModelError(
+            f"{model_id}: has no reward head: it is not a sequence classifier, so its rewards "
+            "would come from random weights. Give the export of a training run, or another "
+            "reward model."
+        )
+
+
 def load_tokenizer(
     model_id: str,
     *,

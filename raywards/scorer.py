@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.conversation import kind_of
 from raywards.errors import CheckpointError, ConversationError, NonFiniteError
-from raywards.loader import create_model_from_path, load_tokenizer
+from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
 from raywards.model import RewardModel
 from raywards.packing import fill, pad
 from raywards.rendering import ControlTokens, Rendering, truncate
@@ -106,6 +106,8 @@ class Scorer:
         source = str(folder)
         is_export = (Path(source) / MANIFEST).is_file()
         manifest = read_manifest(Path(source), kind="export") if is_export else None
+        location = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+        refuse_without_head(source, location)
         inner = create_model_from_path(
             source,
             AutoModelForSequenceClassification,
@@ -145,7 +147,13 @@ class Scorer:
                 "score([conversation])[0].",
                 reason="not_a_list",
             )
-        return self.score_ids([self.encode(conversation) for conversation in conversations])
+        sequences = []
+        for index, conversation in enumerate(conversations):
+            try:
+                sequences.append(self.encode(conversation))
+            except ConversationError as error:
+                raise ConversationError(f"conversations[{index}]: {error}", **vars(error)) from None
+        return self.score_ids(sequences)
 
     def score_responses(
         self, prompt: Conversation, responses: Sequence[Conversation]

@@ -482,3 +482,10 @@ def test_scoring_needs_no_ray(export: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].endswith("] False")
+
+
+def test_a_language_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    """Loaded anyway, it would give rewards from a head drawn at random in every process."""
+    folder = tiny_qwen2(tmp_path / "lm", num_labels=None)
+    with pytest.raises(ModelError, match="has no reward head"):
+        Scorer.from_pretrained(folder)

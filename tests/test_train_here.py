@@ -419,3 +419,9 @@ def test_run_json_is_whole_private_and_needed(model: Path, tmp_path: Path) -> No
     file.write_text(file.read_text()[:50])
     with pytest.raises(CheckpointError, match=r"run\.json: is damaged"):
         run(model, tmp_path / "run", **changes)
+
+
+def test_an_output_dir_that_cannot_be_is_named(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"output_dir: .* cannot be made a folder"):
+        run(model, tmp_path / "file")

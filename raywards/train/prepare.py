@@ -267,15 +267,14 @@ def _chunks(row_set: RowSet) -> Iterator[tuple[list[RowRef], list[Mapping[str, A
 def _together(bad: list[RowError], num_rows: int) -> RowError:
     """The first bad row's error, with the next ones of the `num_rows` read listed below it."""
     first, *others = bad
-    if not others:
-        return first
     lines = [
         f"  {error.source} row {error.row}: {error.reason} ({REASONS[error.reason]})"
         for error in others[: _BAD_ROWS_SHOWN - 1]
     ]
     if len(bad) > _BAD_ROWS_SHOWN:
         lines.append(f"  and {len(bad) - _BAD_ROWS_SHOWN} more among the {num_rows} rows read")
-    message = "\n".join([str(first), "Other rows that cannot become pairs:", *lines])
+    listed = ["Other rows that cannot become pairs:", *lines] if others else []
+    message = "\n".join([str(first), *listed])
     message += "\nMend them, or set on_bad_row='drop' to leave such rows out and count them."
     return RowError(message, **vars(first))
 

@@ -59,7 +59,7 @@ class RaySession:
         self.world_size = context.get_world_size()
         self.device = ray.train.torch.get_device()
         self.send = send
-        self._explicit = explicit
+        self._run, self._explicit = run, explicit
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # NCCL moves objects through the current device
         names = [uuid.uuid4().hex[:8]]
@@ -77,16 +77,14 @@ class RaySession:
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            yield self._explicit
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-            # The folder may be a download that the ranks of a node share: none may leave early.
-            torch.distributed.barrier()
+        # Not Ray's own choice: its controller hears of a checkpoint seconds after the last file of
+        # it is there, so after a kill it would go back further than it has to. The manifest tells.
+        newest: list[Path | None] = [None]
+        if self.rank == 0:
+            complete = complete_checkpoints(self._run)
+            newest = [complete[-1] if complete else None]
+        torch.distributed.broadcast_object_list(newest, src=0)
+        yield newest[0] or self._explicit
 
     def scratch(self, name: str) -> Path:
         folder = self._scratch / f"{name}-rank{self.rank}"

@@ -312,6 +312,13 @@ class RewardTrainer:
 
     def _prepare_job(self) -> Job:
         settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        try:
+            self.paths.run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir: {self.paths.run} cannot be made a folder ({error.strerror}). Give a "
+                "path that this user may write to."
+            ) from None
         num_proc = self.args.dataset_num_proc or 1
         pairs = prepare(
             self.train_dataset, self._rendering, settings, self.paths.prepared,
@@ -386,6 +393,7 @@ class RewardTrainer:
             "model": self.model_id,
             "pairs": pairs.fingerprint,
             **{k: v for k, v in as_dict(self.args).items() if k not in _MAY_CHANGE},
+            "bf16": self._bf16,  # unset means True
             "model_init_kwargs": {
                 name: str(value) for name, value in self._model_kwargs.items() if name != "token"
             },
@@ -398,6 +406,8 @@ class RewardTrainer:
                 lines = [
                     f"  {k}: was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in differing[:12]
                 ]
+                if "pairs" in differing:
+                    lines.append("  (`pairs` covers the rows, where they came from, the rendering)")
                 raise CheckpointError(
                     "\n".join([f"{self.paths.run}: holds checkpoints of another run:", *lines])
                     + "\nGo back to those settings to continue it, or give this run another "
