@@ -164,6 +164,7 @@ def test_every_field_of_the_manifests_is_described(run: RewardTrainer) -> None:
     assert {"fingerprint", "version", "control_tokens", "eos_rule"} <= export["rendering"].keys()
 
 
+@pytest.mark.trains
 def test_the_run_folder_is_as_drawn(run: RewardTrainer) -> None:
     names = {path.name for path in run.paths.run.iterdir()}
     drawn = {"run.json", "prepared", "metrics.jsonl", "tensorboard", "export"}
@@ -175,6 +176,7 @@ def test_the_run_folder_is_as_drawn(run: RewardTrainer) -> None:
     assert config["pad_token_id"] == read_manifest(run.paths.export, kind="export")["pad_token_id"]
 
 
+@pytest.mark.trains
 def test_prepared_json_is_described(run: RewardTrainer) -> None:
     [file] = run.paths.prepared.glob("train-*/prepared.json")
     assert json.loads(file.read_text()).keys() <= words_in_code(DATA)
