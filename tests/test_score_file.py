@@ -145,6 +145,7 @@ def test_an_empty_input_leaves_the_old_output(folder: Path, lines: list[bytes]) 
     assert (folder.parent / "out.jsonl").read_text() == "old"
 
 
+@pytest.mark.trains
 def test_a_kill_in_the_middle_leaves_the_old_output(folder: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"\n".join(as_lines(GOOD * 3)))
