@@ -32,7 +32,7 @@ test test-fast test-slow: export HF_HUB_OFFLINE := 1
 test: check  ## what a change must pass: check, then all tests but the slow
 	python -m pytest -m "not slow" $(ARGS)
 
-test-fast: $(STAMP)  ## the tests that neither start Ray nor train, in under a minute
+test-fast: $(STAMP)  ## the tests that neither start Ray nor train, in about a minute
 	python -m pytest -m "not ray and not trains and not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the exhaustive rest

@@ -22,6 +22,7 @@ import random
 import re
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -100,7 +101,7 @@ class _Chunk:
         )
 
 
-class _Plans:
+class _Plans(ABC):
     """Everything about the client that does not depend on how bytes are carried."""
 
     def __init__(
@@ -146,8 +147,9 @@ class _Plans:
             httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
         )
 
+    @abstractmethod
     def _open(self, limits: httpx.Limits) -> None:
-        raise NotImplementedError
+        """Make the transport."""
 
     def __repr__(self) -> str:
         key = "'***'" if self._api_key else "None"

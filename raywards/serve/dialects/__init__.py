@@ -10,6 +10,7 @@ Knows nothing of HTTP, models or Ray.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -49,18 +50,18 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Item:
+class Item(ABC):
     """One sequence to score. `field` is where the caller wrote it, such as `messages[3]`."""
 
     field: str
 
+    @abstractmethod
     def characters(self) -> int:
         """Length of the text, known before it is tokenised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
         """Its token ids. Raises `ConversationError`."""
-        raise NotImplementedError
 
     def field_of_message(self, index: int) -> str:
         """Where the caller wrote the message at `index` of what was rendered."""
