@@ -27,8 +27,8 @@ from transformers import AutoModelForSequenceClassification
 
 from raywards.errors import CheckpointError
 from raywards.loader import create_model_from_path, load_tokenizer
-from raywards.model import RewardModel, stock_head
-from raywards.packing import pad
+from raywards.model import RewardModel, settle_path, stock_forward
+from raywards.packing import group_by_prefix, pack, pack_alone
 from raywards.rendering import Rendering
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,6 @@ def _describe_export(
     inner = create_model_from_path(
         str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
     ).eval()
-    pad_id = inner.config.get_text_config().pad_token_id
     # The tokenizer as it will be loaded: a class may rebuild itself otherwise than it was saved.
     reloaded = Rendering(load_tokenizer(str(folder)), control_tokens=rendering.control_tokens)
     if _probe_sequences(reloaded) != sequences:
@@ -263,8 +262,10 @@ def _describe_export(
             f"would be wrong. {type(rendering.tokenizer).__name__} was trained with, and "
             f"{type(reloaded.tokenizer).__name__} was loaded: pass that one as `processing_class`."
         )
-    model = RewardModel(inner)
-    rewards = _rewards(model, sequences, pad_id)
+    splits = [reloaded.split(ids) for ids in sequences]
+    model = RewardModel(inner).eval()
+    settle_path(model)
+    rewards = _rewards(model, sequences, splits)
     if not all(map(math.isfinite, rewards)):
         raise CheckpointError(
             f"{folder}: its rewards are not finite ({rewards}), so it is not kept: the weights "
@@ -272,12 +273,14 @@ def _describe_export(
         )
     spread = statistics.pstdev(rewards)
     bounds = {"float32": 1e-5 * max(1.0, spread)}
-    plain = _plain_rewards(inner, sequences, pad_id)
+    plain = _plain_rewards(model, sequences)
     off = max(abs(a - b) for a, b in zip(rewards, plain, strict=True))
-    half = inner if dtype == torch.bfloat16 else inner.to(torch.bfloat16)
-    alone = [_rewards(RewardModel(half), [ids], pad_id)[0] for ids in sequences]
-    together = _rewards(RewardModel(half), sequences, pad_id)
-    stock = _plain_rewards(half, sequences, pad_id)
+    model.to(torch.bfloat16)
+    alone = [
+        _rewards(model, [ids], [split])[0] for ids, split in zip(sequences, splits, strict=True)
+    ]
+    together = _rewards(model, sequences, splits)
+    stock = _plain_rewards(model, sequences)
     reference = rewards if dtype == torch.float32 else alone
     worst = max(
         abs(value - right)
@@ -295,7 +298,7 @@ def _describe_export(
     return {
         "kind": "export",
         "dtype": stored_in,
-        "pad_token_id": pad_id,
+        "pad_token_id": inner.config.get_text_config().pad_token_id,
         "pooling": "last_token" if model.pools_by_position else "classifier",
         "rendering": reloaded.describe(),
         "training": dict(training),
@@ -309,16 +312,22 @@ def _describe_export(
 
 
 @torch.inference_mode()
-def _rewards(model: RewardModel, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
-    values: list[float] = model(pad(sequences, pad_id)).tolist()
-    return values
+def _rewards(
+    model: RewardModel, sequences: Sequence[list[int]], splits: Sequence[int]
+) -> list[float]:
+    groups = group_by_prefix(sequences, splits)
+    rewards = [math.nan] * len(sequences)
+    order = [member for group in groups for member in group.members]
+    for member, reward in zip(order, model(pack(sequences, groups)).tolist(), strict=True):
+        rewards[member] = reward
+    return rewards
 
 
 @torch.inference_mode()
-def _plain_rewards(inner: Any, sequences: Sequence[list[int]], pad_id: int) -> list[float]:
+def _plain_rewards(model: RewardModel, sequences: Sequence[list[int]]) -> list[float]:
     """What a script gets that knows transformers alone, whose head is as coarse as its weights."""
-    batch = pad(sequences, pad_id)
-    with stock_head(inner):
+    batch = pack_alone(sequences).padded(model.inner.config.get_text_config().pad_token_id)
+    with stock_forward(model) as inner:
         output = inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     values: list[float] = output.logits[:, 0].float().tolist()
     return values

@@ -52,12 +52,16 @@ class RewardConfig:
 
     # ---- batches and schedule (TRL, transformers)
     per_device_train_batch_size: Positive = 8
-    """Pairs that one worker puts through one forward."""
+    """Pairs of one worker and accumulation. It decides which pairs make a step, as in TRL, and not
+    how many share a forward: `max_tokens_per_row` does."""
     per_device_eval_batch_size: Positive = 8
-    """Pairs that one worker puts through one forward of an evaluation."""
+    """Pairs of one forward of an evaluation, for a model that pads; packed rows count tokens."""
     gradient_accumulation_steps: Positive = 1
-    """Forwards per worker and optimizer step. The global batch is this, times
+    """Accumulations per worker and optimizer step. The global batch is this, times
     `per_device_train_batch_size`, times the number of workers; it is fixed at the first start."""
+    max_tokens_per_row: Positive | None = None
+    """Tokens of one packed row, the common prefix of a pair counted once. A step takes as many rows
+    as it needs; a longer pair goes alone. Default: what fits into memory, which is measured."""
     num_train_epochs: Interval = 3.0
     """Passes over the training pairs. A fraction stops inside the last one."""
     max_steps: int = -1
@@ -108,8 +112,9 @@ class RewardConfig:
     """Run code that comes with a model or tokenizer."""
     bf16: bool | None = None
     """Compute in bfloat16 with fp32 master weights. Default: on, as in TRL."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more compute. Default:
+    only where the activations of the longest pair would not fit, which is measured."""
     gradient_checkpointing_kwargs: Mapped = None
     """Arguments of `torch.utils.checkpoint`; default `{"use_reentrant": false}`."""
     disable_dropout: bool = True
@@ -291,7 +296,9 @@ class ServeConfig(_Frozen):
     max_length: Positive | None = None
     """Longest sequence in tokens that is accepted. Default: what the model can take."""
     max_batch_tokens: Positive = 16_384
-    """Tokens of one forward, padding included."""
+    """Tokens of one forward: common prefixes counted once, or with padding where a model pads."""
+    deterministic: bool = False
+    """Same bits for a conversation whatever is scored beside it. On CPUs; slower."""
     max_batch_sequences: Positive = 256
     """Sequences of one forward."""
     max_queued_tokens: Positive = 262_144
@@ -372,7 +379,9 @@ class ScoreConfig(_Frozen):
     max_length: Positive | None = None
     """Longest sequence in tokens that is accepted. Default: what the model can take."""
     max_batch_tokens: Positive = 16_384
-    """Tokens of one forward, padding included."""
+    """Tokens of one forward: common prefixes counted once, or with padding where a model pads."""
+    deterministic: bool = False
+    """Same bits for a conversation whatever is scored beside it. On CPUs; slower."""
     on_bad_row: Literal["error", "keep"] = "error"
     """A row that cannot be scored stops the job, or is kept with `reward: null` and `error`."""
     trust_remote_code: bool = False

@@ -1,75 +1,366 @@
 """RewardModel: one forward for training, evaluation, Scorer and replicas.
 
-It wraps a transformers sequence classifier with one label. Decoders are pooled by position and the
-head is computed in fp32; encoders and other classes run their own forward.
+It wraps a transformers sequence classifier with one label and takes `PackedRow`s. How it computes
+them is its `path`, the first of these that gives what the model's own forward gives:
+
+    packed   our attention: common prefixes once, no padding, the last layer at pooled rows alone
+    masked   the model's own attention with a [T, T] mask: soft caps, sinks, families of their own
+    padded   the model's own forward on padded sequences: encoders, recurrent layers, what is left
+
+The head is computed in fp32 wherever it is a linear layer on one position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from raywards.packing import Batch
+from raywards import families
+from raywards.attention import LAYOUT, NAME, Stock, UnsupportedAttention
+from raywards.errors import ModelError
+from raywards.packing import Group, Layout, PackedRow, pack, pack_alone
+
+logger = logging.getLogger(__name__)
+
+Path = Literal["packed", "masked", "padded"]
+PATHS: tuple[Path, ...] = ("packed", "masked", "padded")
+_ATTENTION = {"full_attention", "sliding_attention", "attention", "indexed_attention"}
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in fp32 whatever the type of its weights.
+    """A linear layer to one output that computes in fp32 whatever the type of its weights.
 
-    A bf16 head rounds rewards to 8 bits: near 10, one pair in twenty ties.
+    A bf16 head rounds rewards to 8 bits: near 10, one pair in twenty ties. A product and a sum
+    instead of a GEMM: a reward then has the same bits beside any number of others.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
         with torch.autocast(hidden.device.type, enabled=False):
-            return functional.linear(hidden.float(), self.weight.float(), bias)
+            reward = (hidden.float() * self.weight[0].float()).sum(-1, keepdim=True)
+            return reward if self.bias is None else reward + self.bias.float()
 
 
 class RewardModel(nn.Module):
-    """A batch of sequences to one fp32 reward each.
+    """Sequences in a row to one fp32 reward each.
 
-    `inner` is the transformers model: save that one. Its `score` layer, where it has one, is made
-    to compute in fp32; names and values of its parameters do not change.
+    `inner` is the transformers model: save that one. Its head and attention are switched to ours;
+    names and values of its parameters do not change, and `unwrap` undoes it. Nothing is known of
+    the `path` until `settle_path` has tried it.
     """
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
+        # A long sequence switches the attention of the whole model while it is computed.
+        self._one_at_a_time = threading.RLock()
         head = getattr(inner, "score", None)
-        self.pools_by_position = isinstance(head, nn.Linear)
+        self.pools_by_position = isinstance(head, nn.Linear) and head.out_features == 1
+        self.path: Path = "packed"
+        self._stock_attention = inner.config._attn_implementation
+        self.max_tokens = families.longest_exact(inner.config.get_text_config())
+        self._window = _shortest_window(inner.config.get_text_config())
+        self._trim = _LastLayerTrim(self._backbone) if self.pools_by_position else None
         if self.pools_by_position:
             # Same parameters, same name, another forward: ZeRO's hooks and `state_dict` hold.
             head.__class__ = Float32Linear
+        self.use("packed" if self._may_pack() else "masked" if self._may_mask() else "padded")
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Rewards [S] in fp32."""
-        if not self.pools_by_position:
-            output = self.inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            return cast(Tensor, output.logits[:, 0].float())
-        backbone = getattr(self.inner, self.inner.base_model_prefix)
-        hidden = backbone(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).last_hidden_state
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_one_at_a_time"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._one_at_a_time = threading.RLock()
+
+    def use(self, path: Path) -> None:
+        """Compute rows on this path from now on."""
+        self.path = path
+        ours = path == "packed"
+        self._set_attention(NAME if ours else self._stock_attention)
+
+    def unwrap(self) -> Any:
+        """Give `inner` back as transformers made it."""
+        self._set_attention(self._stock_attention)
+        if self.pools_by_position:
+            self.inner.score.__class__ = nn.Linear
+        if self._trim is not None:
+            self._trim.remove()
+        return self.inner
+
+    def forward(self, row: PackedRow) -> Tensor:
+        """Rewards [S] in fp32. Threads wait for each other.
+
+        Raises `ModelError` where a sequence is longer than `max_tokens`.
+        """
+        if row.layout.longest_path > self.max_tokens:
+            raise ModelError(
+                f"a sequence of {row.layout.longest_path} tokens, and beyond {self.max_tokens} a "
+                f"reward of {type(self.inner).__name__} depends on what else is in its batch "
+                f"(docs/families.md). Set max_length={self.max_tokens}."
+            )
+        with self._one_at_a_time:
+            return self._rewards(row)
+
+    def _rewards(self, row: PackedRow) -> Tensor:
+        path = self._path_of(row)
+        if path == "packed":
+            hidden = self._hidden(row, None, **{LAYOUT: row.layout})
+        elif path == "masked":
+            hidden = self._hidden(row, self._mask_of(row))
+        else:
+            return self._padded(row)
+        return cast(Tensor, self.inner.score(hidden[0, row.pooled])[:, 0])
+
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self.inner, self.inner.base_model_prefix)
+
+    def _hidden(self, row: PackedRow, mask: Any, **kwargs: Any) -> Tensor:
+        output = self._backbone(
+            input_ids=row.input_ids[None],
+            attention_mask=mask,
+            position_ids=row.positions[None],
+            use_cache=False,
+            **kwargs,
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def _padded(self, row: PackedRow) -> Tensor:
+        batch = row.padded(self.inner.config.get_text_config().pad_token_id or 0)
+        with self._stock():
+            if not self.pools_by_position:
+                output = self.inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                return cast(Tensor, output.logits[:, 0].float())
+            # When activations are recomputed, in the backward, our attention is in place again: it
+            # is told then what to stand in for.
+            stand_in = {LAYOUT: Stock(self._stock_attention)} if self.path == "packed" else {}
+            hidden = self._backbone(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                **stand_in,
+            ).last_hidden_state
         pooled = hidden[torch.arange(len(batch.pooled), device=hidden.device), batch.pooled]
         return cast(Tensor, self.inner.score(pooled)[:, 0])
 
+    # ---- which path
+
+    def _may_pack(self) -> bool:
+        """What can be ruled out without a forward."""
+        calls_attention = self.inner._supports_attention_backend  # others never call ours
+        return self._may_mask() and calls_attention and "indexed_attention" not in self._kinds
+
+    def _may_mask(self) -> bool:
+        recurrent = self._kinds - _ATTENTION
+        counts_columns = families.counts_columns(self.inner.config.get_text_config())
+        return self.pools_by_position and not recurrent and not counts_columns
+
+    @property
+    def _kinds(self) -> set[str]:
+        return set(getattr(self.inner.config.get_text_config(), "layer_types", None) or ())
+
+    def _path_of(self, row: PackedRow) -> Path:
+        if self.path == "padded":
+            return "padded"
+        if self.training and _drops_out(self.inner):
+            return "padded"  # a shared prefix would get one dropout mask instead of two
+        if self.path == "packed" and row.layout.longest_path > self._window:
+            return "padded"
+        return self.path
+
+    def _set_attention(self, name: str) -> None:
+        if self.inner.config._attn_implementation != name:
+            self.inner.set_attn_implementation(name)
+
+    @contextmanager
+    def _stock(self) -> Iterator[None]:
+        """Inside, the model's own attention. A window or dropout sends a packed model here."""
+        self._set_attention(self._stock_attention)
+        try:
+            yield
+        finally:
+            self._set_attention(NAME if self.path == "packed" else self._stock_attention)
+
+    def _mask_of(self, row: PackedRow) -> Tensor | dict[str, Tensor]:
+        """Who sees whom as [1, 1, T, T], one for each kind of layer where there are several."""
+        config = self.inner.config.get_text_config()
+        device = row.input_ids.device
+        sees = torch.zeros(len(row.input_ids), len(row.input_ids), dtype=torch.bool, device=device)
+        for segment in row.layout.segments:
+            asked = slice(segment.query_start, segment.query_end)
+            sees[asked, segment.prefix_start : segment.prefix_end] = True
+            size = segment.query_end - segment.query_start
+            sees[asked, asked] = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+        window = getattr(config, "sliding_window", None)
+        near = sees
+        if window is not None:
+            near = sees & (row.positions[:, None] - row.positions[None, :] < window)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds:
+            return self._additive(near if getattr(config, "use_sliding_window", True) else sees)
+        return {
+            kind: self._additive(near if kind == "sliding_attention" else sees) for kind in kinds
+        }
+
+    def _additive(self, sees: Tensor) -> Tensor:
+        device = sees.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.inner.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+        return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def settle_path(
+    model: RewardModel,
+    run: Callable[[PackedRow], Tensor] | None = None,
+    *,
+    autocast: bool = False,
+) -> None:
+    """Take the first path whose rewards are those of the model's own forward on a probe.
+
+    The model's own forward is on each sequence of the probe alone, unpadded. `run` is what calls
+    the model, if not the model itself (DeepSpeed's engine; a collective under ZeRO-3), and
+    `autocast` whether that computes in half precision from fp32 weights. A path that is not taken
+    is told of in the log.
+
+    Costs up to nine forwards, six of them on one short sequence.
+
+    Raises:
+        ModelError: Padding changes the rewards, or this is no model of token ids alone: there is no
+            path on which a reward is what transformers gives for the sequence.
+    """
+    run = run or model
+    kind = type(model.inner).__name__
+    reason = families.why_refused(model.inner.config)
+    if reason is not None:
+        raise ModelError(_refusal(kind, reason))
+    training = model.training
+    model.eval()
+    first = model.path
+    device = next(model.parameters()).device
+    sequences, groups = _probe(model.inner)
+    row = pack(sequences, groups).to(device)
+    with torch.no_grad():
+        try:
+            alone = _alone(model, run, [pack_alone([ids]).to(device) for ids in sequences])
+        except torch.OutOfMemoryError:
+            raise
+        except _CANNOT_RUN as error:
+            raise ModelError(_refusal(kind, _could_not(error))) from error
+        expected = alone[[index for group in groups for index in group.members]]
+        spread = (expected.max() - expected.min()).item()
+        exact = not autocast and next(model.parameters()).dtype == torch.float32
+        exact = exact and torch.get_float32_matmul_precision() == "highest"  # no TF32
+        allowed = (1e-3 if exact else 0.2) * spread + 1e-6
+        # Windows and dropout send rows there, so it has to be right. To refuse is final: in half
+        # precision only what rounding cannot explain. What is not finite is told of elsewhere.
+        problem = _try_path(model, run, "padded", row, expected, allowed if exact else spread)
+        if problem is not None and expected.isfinite().all():
+            raise ModelError(_refusal(kind, f"beside other sequences, {problem}"))
+        for path in PATHS[PATHS.index(first) : -1]:
+            problem = _try_path(model, run, path, row, expected, allowed)
+            if problem is None:
+                break
+            logger.warning("%s: not on the %s path: %s", kind, path, problem)
+        else:
+            model.use("padded")
+    model.train(training)
+
+
+_CANNOT_RUN = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
+
+
+def _refusal(kind: str, reason: str) -> str:
+    return (
+        f"{kind} cannot be a reward model here: {reason}. A reward has to be that of its sequence "
+        "alone, whatever the batch. Take a family that docs/families.md lists as packed, masked or "
+        "padded."
+    )
+
+
+def _could_not(error: Exception) -> str:
+    return f"it cannot be run ({type(error).__name__}: {str(error)[:200]})"
+
+
+def _alone(model: RewardModel, run: Callable[[PackedRow], Tensor], rows: list[PackedRow]) -> Tensor:
+    """Rewards of rows of one sequence each, by transformers' own pooling."""
+    model.use("padded")
+    pools_by_position, model.pools_by_position = model.pools_by_position, False
+    try:
+        return torch.cat([run(row) for row in rows]).double()
+    finally:
+        model.pools_by_position = pools_by_position
+
+
+def _try_path(
+    model: RewardModel,
+    run: Callable[[PackedRow], Tensor],
+    path: Path,
+    row: PackedRow,
+    expected: Tensor,
+    allowed: float,
+) -> str | None:
+    """What is wrong with a path, or None."""
+    try:
+        model.use(path)
+        found = run(row).double()
+    except UnsupportedAttention as error:
+        return str(error)
+    except _CANNOT_RUN as error:
+        return _could_not(error)
+    off = (found - expected).abs().max().item()
+    if off <= allowed:
+        return None
+    return f"its rewards are up to {off:.2g} off the model's own forward ({allowed:.2g} allowed)"
+
+
+def _probe(inner: Any) -> tuple[list[list[int]], list[Group]]:
+    """Sequences for every case: shared, empty, equal, alone; ids that are nobody's text."""
+    draw = random.Random(0)
+    config = inner.config.get_text_config()
+    special = _special_ids(config)
+    usual = [i for i in range(getattr(config, "vocab_size", 256)) if i not in special][:4096] or [0]
+
+    def ids(count: int) -> list[int]:
+        return draw.choices(usual, k=count)
+
+    prompt, other = ids(23), ids(9)
+    sequences = [
+        prompt + ids(11),
+        prompt + ids(17),
+        prompt,
+        other + ids(4),
+        other + ids(1),
+        ids(40),
+    ]
+    groups = [Group(23, (0, 1, 2)), Group(9, (3, 4, 3)), Group(0, (5,))]
+    return sequences, groups
+
+
+def _special_ids(config: Any) -> set[int]:
+    """Ids that a model may treat otherwise than as a word."""
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    return {i for ids in named for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+
 
 @contextmanager
-def stock_head(inner: Any) -> Iterator[None]:
-    """Inside, the head of a wrapped model computes as transformers' own does."""
-    head = getattr(inner, "score", None)
-    wrapped = isinstance(head, Float32Linear)
-    if wrapped:
-        head.__class__ = nn.Linear
-    try:
-        yield
-    finally:
-        if wrapped:
-            head.__class__ = Float32Linear
+def stock_forward(model: RewardModel) -> Iterator[Any]:
+    """Inside, `model.inner` computes as transformers made it; it is what the block is given."""
+    with model._stock():
+        if model.pools_by_position:
+            model.inner.score.__class__ = nn.Linear
+        try:
+            yield model.inner
+        finally:
+            if model.pools_by_position:
+                model.inner.score.__class__ = Float32Linear
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -77,9 +368,92 @@ def disable_dropout(model: nn.Module) -> None:
 
     TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them.
     """
+    for module, name in _dropouts(model):
+        setattr(module, name, 0.0)
+
+
+def _drops_out(model: nn.Module) -> bool:
+    """Whether training draws at random: dropout, or the noise that routers of experts add."""
+    drawn = _dropouts(model, ("dropout", "layerdrop", "jitter_noise"))
+    return any(getattr(module, name) > 0 for module, name in drawn)
+
+
+def _dropouts(
+    model: nn.Module, words: tuple[str, ...] = ("dropout", "layerdrop")
+) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
+            yield module, "p"
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
-                setattr(module, name, 0.0)
+            if isinstance(value, float) and any(word in name for word in words):
+                yield module, name
+
+
+def _shortest_window(config: Any) -> float:
+    """Tokens of the longest sequence that no window or chunk of the attention cuts."""
+    windows = [getattr(config, "attention_chunk_size", None)]
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None or "sliding_attention" in kinds:
+        windows.append(getattr(config, "sliding_window", None))
+    return min((w for w in windows if w is not None), default=float("inf"))
+
+
+class _LastLayerTrim:
+    """Computes queries, attention output and MLP of the last layer at pooled positions alone.
+
+    Nothing reads the others: a reward needs one hidden state. Keys and values stay whole. Where the
+    layer has other parts, it is left as it is.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        self._rows: Tensor | None = None
+        self._tokens = 0
+        self._handles: list[Any] = []
+        layers = getattr(backbone, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            return
+        attention = getattr(layers[-1], "self_attn", None)
+        parts = [
+            getattr(attention, "q_proj", None),
+            getattr(attention, "o_proj", None),
+            getattr(layers[-1], "mlp", None),
+        ]
+        if not all(isinstance(part, nn.Module) for part in parts):
+            return
+        # On the attention, not on the layer: only what is inside a layer is recomputed.
+        enter = cast(nn.Module, attention).register_forward_pre_hook(self._enter, with_kwargs=True)
+        self._handles.append(enter)
+        for part in cast(list[nn.Module], parts):
+            self._handles.append(part.register_forward_pre_hook(self._take))
+            self._handles.append(part.register_forward_hook(self._put))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, _: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        layout = kwargs.get(LAYOUT)
+        self._rows = None
+        if isinstance(layout, Layout) and layout.pooled is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            places = [segment.query_start for segment in layout.pooled.segments]
+            self._rows = torch.tensor(places, device=hidden.device)
+            self._tokens = hidden.shape[1]
+            kwargs = {**kwargs, LAYOUT: layout.pooled}
+        return args, kwargs
+
+    def _take(self, _: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._rows is None:
+            return None
+        return (args[0].index_select(1, self._rows), *args[1:])
+
+    def _put(self, _: Any, __: Any, output: Any) -> Any:
+        if self._rows is None:
+            return output
+        if isinstance(output, tuple):
+            return (self._spread(output[0]), *output[1:])
+        return self._spread(output)
+
+    def _spread(self, part: Tensor) -> Tensor:
+        whole = part.new_zeros(part.shape[0], self._tokens, *part.shape[2:])
+        return whole.index_copy(1, cast(Tensor, self._rows), part)

@@ -22,7 +22,8 @@ from typing import Any, Literal, TypeAlias
 
 from raywards.control_tokens import ControlTokenText, copied_backend
 from raywards.conversation import Chat, check_unicode, conversation_error, kind_of
-from raywards.errors import ConfigError
+from raywards.errors import ConfigError, ConversationError
+from raywards.packing import common_prefix
 
 Truncation: TypeAlias = Literal["error", "left", "right"]
 """What to do with a sequence longer than `max_length`; the word is the side that loses tokens."""
@@ -33,6 +34,8 @@ Message: TypeAlias = Mapping[str, Any]
 # another version then announce themselves instead of scoring differently.
 POLICY_VERSION = 1
 
+# Their first characters merge with what stands before them in as many ways as may be.
+_ANSWERS = ("Yes.", "No way", "The sea", "I am sorry", "good", " 7", "\n\nSo", "(a)")
 _PROBES = (
     "Hello world, it's 3.14 or 0123456789?",
     "  two  spaces\n\n\ttab \r\n",
@@ -124,6 +127,40 @@ class Rendering:
         """The ids of text that a chat template has rendered: specials recognised, none added."""
         self._check_text(text)
         return self._closed(self._encoder.ids(text, special_tokens=False))
+
+    def split(self, ids: Sequence[int]) -> int:
+        """Where scoring parts a sequence in prefix and branch: behind its last assistant header.
+
+        It follows from the ids alone, so who else is scored changes nothing; responses to one
+        prompt then share it. 0 where there is no header with something behind it.
+        """
+        header = self._assistant_header
+        if not header:
+            return 0
+        last = header[-1]
+        for end in range(len(ids) - 1, len(header) - 1, -1):
+            if ids[end - 1] == last and tuple(ids[end - len(header) : end]) == header:
+                return end
+        return 0
+
+    @cached_property
+    def _assistant_header(self) -> tuple[int, ...]:
+        """The ids that the template puts between a turn and the assistant's answer to it."""
+        if not self.tokenizer.chat_template:
+            return ()
+        before = []
+        for question in ("Say something", "What is 2 + 2?"):
+            turn = {"role": "user", "content": question}
+            try:
+                first, *others = (
+                    self.encode_conversation([turn, {"role": "assistant", "content": answer}])
+                    for answer in _ANSWERS
+                )
+            except ConversationError:  # a template with rules of its own
+                return ()
+            before.append(first[: min(common_prefix(first, other) for other in others)])
+        shared = common_prefix(before[0][::-1], before[1][::-1])
+        return tuple(before[0][len(before[0]) - shared :])
 
     @cached_property
     def vocab_size(self) -> int:

@@ -48,6 +48,7 @@ def score_file(config: ScoreConfig) -> dict[str, int]:
         device=config.device,
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
+        deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
     )
     partial = target.with_name(f".{target.name}.partial")

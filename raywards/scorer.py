@@ -20,9 +20,10 @@ from transformers.utils.hub import cached_file
 from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.conversation import kind_of
 from raywards.errors import CheckpointError, ConversationError, NonFiniteError
+from raywards.invariance import make_invariant
 from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
-from raywards.model import RewardModel
-from raywards.packing import fill, pad
+from raywards.model import RewardModel, settle_path
+from raywards.packing import Group, fill_batches, fill_rows, group_by_prefix, pack
 from raywards.rendering import ControlTokens, Rendering, truncate
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,14 @@ class Scorer:
         weights: str,
         max_length: int | None = None,
         max_batch_tokens: int = 16_384,
+        deterministic: bool = False,
     ) -> None:
         """`weights` is a digest of them, for `info["revision"]`."""
         self._model = model.eval()
+        settle_path(model)
+        if deterministic:
+            make_invariant(model)
+        self._deterministic = deterministic
         self._rendering = rendering
         self._manifest = manifest
         self._max_batch_tokens = max_batch_tokens
@@ -71,7 +77,6 @@ class Scorer:
         self._skip_id = (
             _foreign_skip_id(source, self._config, rendering) if is_foreign_decoder else None
         )
-        self._pad_id = self._config.pad_token_id or 0
         self.vocab_size: int = self._config.vocab_size
         self.max_length = _max_length(self._config, rendering.tokenizer, max_length)
         self.info = self._describe(source, weights)
@@ -85,6 +90,7 @@ class Scorer:
         device: str | torch.device | None = None,
         max_length: int | None = None,
         max_batch_tokens: int = 16_384,
+        deterministic: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Scorer:
@@ -95,7 +101,10 @@ class Scorer:
             dtype: Precision of the forward; default: that of the stored weights.
             device: Torch device; default: a GPU where there is one.
             max_length: Longest sequence in tokens; default: what the model can take.
-            max_batch_tokens: Tokens of one forward, padding included.
+            max_batch_tokens: Tokens of one forward: of a row with its common prefixes once, or, for
+                a model that pads, with padding.
+            deterministic: Give a sequence the same bits whatever is scored beside it. On CPUs, for
+                models on the packed path.
             revision: Revision of a hub model.
             trust_remote_code: Run code that comes with the model.
 
@@ -135,7 +144,13 @@ class Scorer:
             weights=_weights_digest(_folder_of(source, inner, revision)),
             max_length=max_length,
             max_batch_tokens=max_batch_tokens,
+            deterministic=deterministic,
         )
+
+    @property
+    def packs(self) -> bool:
+        """Whether a forward costs what its tokens cost, with no padding."""
+        return self._model.path != "padded"
 
     def score(self, conversations: Sequence[Conversation]) -> list[float]:
         """The reward of each conversation, in order."""
@@ -284,13 +299,12 @@ class Scorer:
     def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         rewards = [math.nan] * len(sequences)
         lengths = [len(ids) for ids in sequences]
-        plan = fill(lengths, max_tokens=self._max_batch_tokens, max_sequences=_MAX_BATCH_SEQUENCES)
-        for indices in plan:
-            batch = pad([sequences[i] for i in indices], self._pad_id, skip_id=self._skip_id)
-            for i, reward in zip(
-                indices, self._model(batch.to(self._device)).tolist(), strict=True
-            ):
-                rewards[i] = reward
+        for groups in self._plan(sequences, lengths):
+            row = pack(sequences, groups, skip_id=self._skip_id)
+            found = self._model(row.to(self._device)).tolist()
+            order = (member for group in groups for member in group.members)
+            for member, reward in zip(order, found, strict=True):
+                rewards[member] = reward
         for i, reward in enumerate(rewards):
             if not math.isfinite(reward):
                 raise NonFiniteError(
@@ -299,6 +313,13 @@ class Scorer:
                     index=i,
                 )
         return rewards
+
+    def _plan(self, sequences: Sequence[Sequence[int]], lengths: list[int]) -> list[list[Group]]:
+        limits = {"max_tokens": self._max_batch_tokens, "max_sequences": _MAX_BATCH_SEQUENCES}
+        if not self.packs:
+            return fill_batches(lengths, **limits)
+        splits = [self._rendering.split(ids) for ids in sequences]
+        return fill_rows(group_by_prefix(sequences, splits), lengths, **limits)
 
     @property
     def _takes_messages(self) -> bool:
@@ -328,6 +349,8 @@ class Scorer:
             "pad_token_id": self._config.pad_token_id,
             "pooling": self._pooling(),
             "rendering": self._rendering.describe(),
+            "path": self._model.path,
+            "deterministic": self._deterministic,
             "bound": bounds.get(dtype, bounds.get("bfloat16")),
             "revision": f"sha256:{digest.hexdigest()}",
             "training": (self._manifest or {}).get("training"),

@@ -31,7 +31,7 @@ from raywards.checkpoint import (
 )
 from raywards.errors import CheckpointError
 from raywards.loader import load_tokenizer
-from raywards.packing import pad
+from raywards.packing import pack_alone
 from raywards.rendering import Rendering
 
 torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
@@ -197,7 +197,7 @@ def export(
 
 @torch.inference_mode()
 def rewards_of(model: Any, sequences: list[list[int]], pad_id: int) -> list[float]:
-    batch = pad(sequences, pad_id)
+    batch = pack_alone(sequences).padded(pad_id)
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
     values: list[float] = output.logits[:, 0].float().tolist()
     return values

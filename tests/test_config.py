@@ -34,6 +34,7 @@ REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl"]
 OTHER_DEFAULTS = {
     "deepspeed": "raywards trains with DeepSpeed: stage 2 is the default",
     "disable_tqdm": "TRL's None is False unless its log level is high",
+    "gradient_checkpointing": "TRL's True costs a third where activations fit, and they often do",
 }
 # Refused although TRL's RewardConfig has no such field: arguments of TRL's trainer.
 NOT_FIELDS_OF_TRL = {"data_collator"}
@@ -66,6 +67,8 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_steps": -2}, ["max_steps:", "positive number of steps"]),
     ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size:", "got 0"]),
     ({"per_device_train_batch_size": 1.5}, ["per_device_train_batch_size:", "integer"]),
+    ({"max_tokens_per_row": 0}, ["max_tokens_per_row:", "got 0"]),
+    ({"gradient_checkpointing": "often"}, ["gradient_checkpointing:", "'often'"]),
     ({"gradient_accumulation_steps": "two"}, ["gradient_accumulation_steps:", "'two'"]),
     ({"adam_beta1": 1.0}, ["adam_beta1:", "less than 1"]),
     ({"seed": -1}, ["seed:"]),
@@ -281,6 +284,16 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path) -> None:
     assert config.eval_strategy == "no"
     assert config.run_name is None
     assert config.logging_steps == 10
+
+
+def test_what_is_measured_by_default_can_be_set_and_unset() -> None:
+    config = RewardConfig()
+    assert (config.max_tokens_per_row, config.gradient_checkpointing) == (None, None)
+    _, config = read("--max_tokens_per_row", "4096", "--gradient_checkpointing", "false")
+    assert (config.max_tokens_per_row, config.gradient_checkpointing) == (4096, False)
+    assert read("--gradient_checkpointing")[1].gradient_checkpointing is True
+    _, config = read("--max_tokens_per_row", "none", "--gradient_checkpointing", "none")
+    assert config == RewardConfig()
 
 
 def test_none_and_json_are_read_from_flags() -> None:

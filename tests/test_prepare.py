@@ -15,6 +15,7 @@ import pytest
 from tiny import chatml_tokenizer, llama_like_tokenizer
 
 from raywards.errors import ConfigError, RowError
+from raywards.packing import pack_pairs
 from raywards.preferences import encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef
@@ -90,6 +91,11 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     assert read_back(prepared) == expected
     table = PairTable(prepared.folder)
     assert table.lengths == [max(len(chosen), len(rejected)) for chosen, rejected, _ in expected]
+    assert table.tokens == [
+        len(pack_pairs([chosen], [rejected]).input_ids) for chosen, rejected, _ in expected
+    ]
+    shared = sum(len(a) + len(b) for a, b, _ in expected) - sum(table.tokens)
+    assert (shared > 0) == (make is chat_rows)
     assert table.take([29, 0])["chosen_ids"] == [expected[29][0], expected[0][0]]
     assert [pair["row"] for pair in table_of(prepared)] == list(range(30))
     ends = {ids[-1] for chosen, rejected, _ in expected for ids in (chosen, rejected)}

@@ -22,6 +22,7 @@ from tiny import tiny_qwen2
 from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import complete_checkpoints
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError, RowError
+from raywards.train.rows import Rows
 
 pytestmark = pytest.mark.trains
 
@@ -109,17 +110,62 @@ def test_losses_and_metrics_are_those_of_trl(model: Path, tmp_path: Path) -> Non
         assert our["num_tokens"] == their["num_tokens"]
 
 
-def test_accumulation_gives_the_losses_of_one_large_batch(model: Path, tmp_path: Path) -> None:
-    whole = run(model, tmp_path / "whole")
-    parts = run(
-        model,
-        tmp_path / "parts",
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        gradient_checkpointing=False,
-    )
+@pytest.fixture
+def rows_a_step(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each step of the run was dealt; evaluations, too."""
+    counts: list[int] = []
+    plan = Rows.plan
+
+    def counting(rows: Rows, *args: Any) -> list[list[list[int]]]:
+        dealt = plan(rows, *args)
+        counts.append(len(dealt[0]))
+        return dealt
+
+    monkeypatch.setattr(Rows, "plan", counting)
+    return counts
+
+
+EQUIVALENT: dict[str, tuple[dict[str, Any], set[int]]] = {
+    # settings, and rows of a step: 8 pairs of some 60 tokens, and 5 in the last step of an epoch
+    "accumulation": ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {1}),
+    "short rows": ({"max_tokens_per_row": 150}, {2, 3, 4, 5}),
+    "pairs alone": ({"max_tokens_per_row": 1}, {5, 8}),
+    "recomputed activations": ({"gradient_checkpointing": True}, {1}),
+    "both": ({"max_tokens_per_row": 150, "gradient_checkpointing": True}, {2, 3, 4, 5}),
+}
+
+
+@pytest.mark.parametrize("case", EQUIVALENT)
+def test_how_a_batch_is_computed_does_not_change_its_losses(
+    case: str, model: Path, tmp_path: Path, rows_a_step: list[int]
+) -> None:
+    changes, expected_rows = EQUIVALENT[case]
+    whole = run(model, tmp_path / "whole", gradient_checkpointing=False)
+    assert set(rows_a_step) == {1}
+    rows_a_step.clear()
+    parts = run(model, tmp_path / "parts", **changes)
+    assert len(rows_a_step) == 12
+    assert set(rows_a_step) <= expected_rows
     assert losses(parts) == pytest.approx(losses(whole), abs=1e-6)
     assert same_weights(tmp_path / "whole", tmp_path / "parts") < 1e-5
+
+
+@pytest.mark.parametrize("path", ["masked", "padded"])
+def test_every_path_gives_the_same_losses(
+    path: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = run(model, tmp_path / "packed")
+    settled: list[str] = []
+
+    def settle(model: Any, **_: Any) -> None:
+        settled.append(model.path)
+        model.use(path)
+
+    monkeypatch.setattr("raywards.train.worker.settle_path", settle)
+    other = run(model, tmp_path / path)
+    assert settled == ["packed"]  # what it would have been
+    assert losses(other) == pytest.approx(losses(packed), abs=1e-6)
+    assert same_weights(tmp_path / "packed", tmp_path / path) < 1e-5
 
 
 def test_a_trainer_without_settings_names_its_folder_after_the_model(

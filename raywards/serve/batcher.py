@@ -56,6 +56,11 @@ def padded_cost(count: int, longest: int, total: int) -> int:
     return count * longest
 
 
+def packed_cost(count: int, longest: int, total: int) -> int:
+    """Sequences lie end to end. A prefix that some share makes it cheaper than said here."""
+    return total
+
+
 @dataclass(frozen=True)
 class Scored:
     """Rewards of one submission, in its order, and where the time went."""
@@ -89,7 +94,7 @@ class Batcher:
     max_batch_tokens: cost of one forward. A sequence above it runs alone.
     max_batch_sequences: unique sequences of one forward.
     max_queued_tokens: tokens that may wait; beyond, `submit` raises at once.
-    cost: of a forward; `padded_cost` unless the scorer packs.
+    cost: of a forward: `padded_cost`, or `packed_cost` where the scorer packs.
     """
 
     def __init__(

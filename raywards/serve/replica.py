@@ -29,7 +29,7 @@ from raywards.errors import (
     ServiceError,
 )
 from raywards.rendering import truncate
-from raywards.serve.batcher import Batcher, Scored
+from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
 from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ class ScorerLike(Encoder, Protocol):
 
     info: dict[str, Any]
 
+    @property
+    def packs(self) -> bool: ...
+
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
 
 
@@ -72,6 +75,7 @@ class RewardService:
             max_batch_tokens=config.max_batch_tokens,
             max_batch_sequences=config.max_batch_sequences,
             max_queued_tokens=config.max_queued_tokens,
+            cost=packed_cost if scorer.packs else padded_cost,
         )
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self._tokenizing = 0
@@ -277,6 +281,7 @@ def load(config: ServeConfig) -> RewardService:
         device=config.device or ("cuda" if config.num_gpus else "cpu"),
         max_length=config.max_length,
         max_batch_tokens=config.max_batch_tokens,
+        deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
     )
     if config.verify:

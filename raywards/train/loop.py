@@ -21,19 +21,29 @@ from raywards import loss
 from raywards.config import RewardConfig
 from raywards.errors import NonFiniteError
 from raywards.metrics import PairMetrics
-from raywards.model import RewardModel
-from raywards.packing import Batch, deal, pad
+from raywards.model import RewardModel, settle_path
+from raywards.packing import PackedRow, pack_pairs
 from raywards.train.prepare import PairTable
+from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
 from raywards.train.worker import Job, Worker, build_worker, export, resume, save
 
 _TICK_S = 0.5
+_EVALUATED_AT_ONCE = 2048
 
 
 def train(job: Job, session: Session) -> None:
     """Train one reward model on this worker, from the newest checkpoint to the last step."""
-    config = job.config
     worker = build_worker(job, session)
+    try:
+        run(worker)
+    finally:
+        worker.engine.module.unwrap()  # it may be the caller's own model
+
+
+def run(worker: Worker) -> None:
+    """Every step from the newest checkpoint to the last, then the export."""
+    config, session = worker.job.config, worker.session
     state = resume(worker)
     clock = Clock()
     if session.rank == 0:
@@ -69,41 +79,39 @@ def train(job: Job, session: Session) -> None:
 
 
 def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
-    """Forward and backward over this rank's share of a global batch."""
+    """Forward and backward over this rank's rows of a global batch."""
     config, session = worker.job.config, worker.session
     worker.engine.train()
-    plan = deal(
-        indices,
-        worker.pairs.lengths,
-        num_ranks=session.world_size,
-        per_forward=config.per_device_train_batch_size,
+    plan = worker.rows.plan(
+        worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
-    for forward in plan[session.rank]:
-        losses = losses_of(worker.engine, worker.pairs, forward, config, worker.metrics)
+    for row in plan[session.rank]:
+        losses = losses_of(worker.engine, worker.pairs, row, config, worker.metrics)
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
-        weight = session.world_size / len(indices) if forward else 0.0
+        weight = session.world_size / len(indices) if row else 0.0
         worker.engine.backward(losses.sum() * weight, scale_wrt_gas=False)
 
 
 def losses_of(
-    model: Callable[[Batch], Tensor],
+    model: Callable[[PackedRow], Tensor],
     table: PairTable,
-    forward: Sequence[int],
+    indices: Sequence[int],
     config: RewardConfig,
     metrics: PairMetrics,
 ) -> Tensor:
-    """Loss of each pair of a forward [P], counted in `metrics`. An empty one is a made-up pair."""
+    """Loss of each pair of a row [P], counted in `metrics`. An empty row is a made-up pair."""
     device = metrics.device
-    rows = table.take(list(forward)) if forward else _NOTHING
-    batch = pad(rows["chosen_ids"] + rows["rejected_ids"], pad_id=0).to(device)
-    chosen, rejected = model(batch).chunk(2)
+    pairs = table.take(list(indices)) if indices else _NOTHING
+    row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
+    chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
     # Sources with and without margins may be mixed: no margin is a margin of zero.
-    margin = torch.tensor([value or 0.0 for value in rows["margin"]], device=device)
+    margin = torch.tensor([value or 0.0 for value in pairs["margin"]], device=device)
     losses = loss.bradley_terry(chosen, rejected, margin)
     if config.center_rewards_coefficient is not None:
         losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
-    if forward:
-        metrics.add(losses, chosen, rejected, batch.attention_mask.sum())
+    if indices:
+        num_tokens = sum(map(len, pairs["chosen_ids"] + pairs["rejected_ids"]))
+        metrics.add(losses, chosen, rejected, torch.tensor(num_tokens, device=device))
     return losses
 
 
@@ -201,13 +209,18 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
 @torch.no_grad()
 def evaluate(worker: Worker) -> None:
     """Held-out metrics of every evaluation set, each pair counted once. A collective."""
-    config, session = worker.job.config, worker.session
+    session = worker.session
     worker.engine.eval()
     record: dict[str, float] = {}
     for prefix, folder in worker.job.evals.items():
-        metrics = PairMetrics(session.device)
         values = evaluate_table(
-            worker.engine, PairTable(folder), config, metrics, session.rank, session.world_size
+            worker.engine,
+            worker.rows,
+            PairTable(folder),
+            worker.job.config,
+            PairMetrics(session.device),
+            rank=session.rank,
+            num_ranks=session.world_size,
         )
         record.update({f"{prefix}_{name}": value for name, value in values.items()})
     if session.rank == 0 and record:
@@ -217,28 +230,32 @@ def evaluate(worker: Worker) -> None:
 
 @torch.no_grad()
 def evaluate_alone(inner: Any, folder: Path, config: RewardConfig) -> dict[str, float]:
-    """The same metrics of a model that this process holds."""
+    """The same metrics of a model that this process holds, which is left as it was."""
     model = RewardModel(inner).eval()
-    metrics = PairMetrics(next(model.parameters()).device)
-    return evaluate_table(model, PairTable(folder), config, metrics, 0, 1)
+    try:
+        settle_path(model)
+        rows = Rows(model.path == "padded", config.max_tokens_per_row or EVALUATION_TOKENS)
+        metrics = PairMetrics(next(model.parameters()).device)
+        return evaluate_table(model, rows, PairTable(folder), config, metrics, rank=0, num_ranks=1)
+    finally:
+        model.unwrap()
 
 
 def evaluate_table(
-    model: Callable[[Batch], Tensor],
+    model: Callable[[PackedRow], Tensor],
+    rows: Rows,
     table: PairTable,
     config: RewardConfig,
     metrics: PairMetrics,
+    *,
     rank: int,
     num_ranks: int,
 ) -> dict[str, float]:
     """Metrics over all pairs of a table, dealt to the ranks."""
     started = time.monotonic()
-    plan = deal(
-        range(len(table)),
-        table.lengths,
-        num_ranks=num_ranks,
-        per_forward=config.per_device_eval_batch_size,
-    )
-    for forward in plan[rank]:
-        losses_of(model, table, forward, config, metrics)
+    for start in range(0, len(table), _EVALUATED_AT_ONCE):
+        some = range(start, min(start + _EVALUATED_AT_ONCE, len(table)))
+        plan = rows.plan(table, some, num_ranks, config.per_device_eval_batch_size)
+        for row in plan[rank]:
+            losses_of(model, table, row, config, metrics)
     return {**metrics.compute(), "runtime": time.monotonic() - started}

@@ -27,13 +27,14 @@ import datasets
 from datasets.arrow_writer import ArrowWriter
 
 from raywards.errors import ConfigError, RowError, TrainingError
+from raywards.packing import common_prefix
 from raywards.preferences import REASONS, encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef, RowSet, read_rows
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _ROWS_PER_SHARD = 50_000
 _ROWS_PER_CHUNK = 256
 _BAD_ROWS_SHOWN = 5
@@ -43,6 +44,7 @@ _FEATURES = datasets.Features(
         "rejected_ids": datasets.Sequence(datasets.Value("int32")),
         "margin": datasets.Value("float32"),
         "length": datasets.Value("int32"),
+        "tokens": datasets.Value("int32"),
         "source": datasets.Value("string"),
         "row": datasets.Value("int64"),
     }
@@ -87,7 +89,11 @@ class PairTable:
         self._rows = datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(shard)) for shard in shards]
         )
-        self.lengths: list[int] = self._rows.with_format("numpy")["length"][:].tolist()
+        columns = self._rows.select_columns(["length", "tokens"]).with_format("numpy")[:]
+        self.lengths: list[int] = columns["length"].tolist()
+        """Tokens of each pair's longer side."""
+        self.tokens: list[int] = columns["tokens"].tolist()
+        """Tokens of each pair, its common prefix counted once."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -250,6 +256,9 @@ def _encode_chunk(
             "rejected_ids": pair.rejected_ids,
             "margin": pair.margin,
             "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
+            "tokens": len(pair.chosen_ids)
+            + len(pair.rejected_ids)
+            - common_prefix(pair.chosen_ids, pair.rejected_ids),
             "source": where.source,
             "row": where.row,
         }

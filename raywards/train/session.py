@@ -31,6 +31,8 @@ class Session(Protocol):
 
     rank: int
     world_size: int
+    ranks_on_node: int
+    """Workers that share this node's memory."""
     device: torch.device
     attempt: str
     """Shared by all ranks and new for every attempt: makes the names of checkpoints unique."""
@@ -57,6 +59,7 @@ class RaySession:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
+        self.ranks_on_node = context.get_local_world_size()
         self.device = ray.train.torch.get_device()
         self.send = send
         self._run, self._explicit = run, explicit
@@ -116,7 +119,7 @@ class LocalSession:
                 f"{os.environ['WORLD_SIZE']} is set: start the script once, without torchrun, and "
                 "set num_workers."
             )
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.ranks_on_node = 0, 1, 1
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         self.attempt = uuid.uuid4().hex[:8]
         self.send = send

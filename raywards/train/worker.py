@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
 from raywards.loader import check_reward_model, create_model_from_path
 from raywards.metrics import PairMetrics
-from raywards.model import RewardModel, disable_dropout
+from raywards.model import RewardModel, disable_dropout, settle_path
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.train.prepare import PairTable
+from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.session import Session
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
@@ -80,6 +81,7 @@ class Worker:
     engine: Any
     pairs: PairTable
     plan: TrainPlan
+    rows: Rows
     metrics: PairMetrics
     total_steps: int
     export_dtype: torch.dtype
@@ -168,6 +170,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         engine,
         pairs,
         plan,
+        plan_rows(engine, pairs, config, session),
         PairMetrics(session.device),
         total_steps,
         asked_dtype(job, inner),
@@ -232,12 +235,42 @@ def prepare_model(inner: Any, config: RewardConfig) -> None:
     inner.config.use_cache = False
     if config.disable_dropout:
         disable_dropout(inner)
-    if config.gradient_checkpointing:
-        inner.activation_checkpointing_enable(
+    inner.train()
+
+
+def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Session) -> Rows:
+    """Settle the model's path, the length of rows and checkpointing, alike on all ranks."""
+    model: RewardModel = engine.module
+    bf16 = config.bf16 if config.bf16 is not None else True
+    settle_path(model, run=engine, autocast=bf16)
+    padded = model.path == "padded"
+    per_forward = config.per_device_train_batch_size
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    engine.eval()
+    fit = fit_rows(
+        model,
+        engine,
+        free_bytes=free_bytes(
+            session.device,
+            ranks_on_node=session.ranks_on_node,
+            num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
+        ),
+        most_tokens=most_tokens(session.device),
+        longest=2 * per_forward * max(pairs.lengths) if padded else max(pairs.tokens),
+        checkpointing=config.gradient_checkpointing,
+        max_tokens=config.max_tokens_per_row,
+    )
+    engine.train()
+    agreed = torch.tensor([fit.keeps_activations, fit.max_tokens], device=session.device)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
+    fit = replace(fit, keeps_activations=bool(agreed[0]), max_tokens=int(agreed[1]))
+    if not fit.keeps_activations:
+        model.inner.activation_checkpointing_enable(
             activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
             or {"use_reentrant": False}
         )
-    inner.train()
+    _note(session, f"The model takes {model.path} rows. {fit.in_words()}")
+    return Rows(padded, fit.max_tokens)
 
 
 def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:

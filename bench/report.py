@@ -1,0 +1,138 @@
+"""The tables of the README, from the results in `bench/results`.
+
+    python bench/report.py           print them
+    python bench/report.py --write   put them into README.md, between its two marks
+
+A test compares the README with what this makes, so no figure there is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import machine
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- made by bench/report.py -->\n", "<!-- end of what bench/report.py made -->"
+
+DATA = {"hh_harmless_train.jsonl": "HH harmless", "chat_long_pairs.jsonl": "long chat"}
+WORKLOADS = {
+    "conversations": "conversations",
+    "pairs": "both sides of pairs",
+    "best_of_16": "best of 16, one prompt",
+}
+SIDES = {
+    "scorer": "`Scorer`",
+    "scorer_deterministic": "`Scorer(deterministic=True)`",
+    "plain_random": "transformers, batches of 16",
+    "plain_sorted": "transformers, sorted by length",
+    "cross_encoder": "sentence-transformers",
+    "vllm": "vLLM",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into README.md")
+    args = parser.parse_args()
+    text = tables()
+    if not args.write:
+        print(text)
+        return
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    readme.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
+
+
+def tables() -> str:
+    """All tables, as Markdown."""
+    trained = [load(path) for path in sorted(RESULTS.glob("train_*.json"))]
+    scored = [load(path) for path in sorted(RESULTS.glob("score_*.json"))]
+    trained.sort(key=lambda result: (list(DATA).index(result["settings"]["data"]), dtype(result)))
+    scored.sort(key=lambda result: dtype(result))
+    return "\n".join([training(trained), scoring(scored), footnote([*trained, *scored])])
+
+
+def training(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "Whole training steps, pairs per second (median of the rounds), beside TRL "
+        f"{results[0]['machine']['versions']['trl']}:",
+        "",
+        "| pairs | dtype | TRL is | raywards | TRL | ratio (range) | peak memory, GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for against, found in result["speed"].items():
+            rounds = found["rounds"]
+            ours, theirs = (
+                statistics.median(r[side]["pairs_per_second"] for r in rounds)
+                for side in ("raywards", "trl")
+            )
+            memory = (
+                statistics.median(r[side]["memory"]["peak"] / 2**30 for r in rounds)
+                for side in ("raywards", "trl")
+            )
+            name = "at its defaults" if against == "default" else "tuned"
+            peaks = " / ".join(f"{peak:.2f}" for peak in memory)
+            lines.append(
+                f"| {DATA[result['settings']['data']]} | {dtype(result)} | {name} | {ours:.2f} "
+                f"| {theirs:.2f} | {ratio([r['ratio'] for r in rounds])} | {peaks} |"
+            )
+    curves = [r for r in results if r.get("losses")]
+    for result in curves:
+        losses = result["losses"]
+        lines.append(
+            f"\nLosses of {len(losses['trl'])} steps in {dtype(result)} on "
+            f"{DATA[result['settings']['data']]}: at most {losses['largest_difference']:.1e} from "
+            f"TRL's ({losses['largest_of_first_10']:.1e} in the first 10)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def scoring(results: list[dict[str, Any]]) -> str:
+    lines = ["Scoring, sequences per second (median of the rounds), and how many times faster:", ""]
+    for result in results:
+        works = {name: result["workloads"][name] for name in WORKLOADS}
+        head = [f"{WORKLOADS[name]} ({work['sequences']})" for name, work in works.items()]
+        lines += [f"| {dtype(result)} | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+        for side, title in SIDES.items():
+            if all(side in work["sides"] for work in works.values()):
+                cells = [cell(side, work["sides"][side]) for work in works.values()]
+                lines.append(f"| {title} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(side: str, found: dict[str, Any]) -> str:
+    speed = statistics.median(found["sequences_per_second"])
+    if side == "scorer":
+        return f"**{speed:.1f}**"
+    return f"{speed:.1f} ({ratio(found['scorer_is_times_faster'])})"
+
+
+def footnote(results: list[dict[str, Any]]) -> str:
+    commands = "\n".join(f"    {result['machine']['command']}" for result in results)
+    places = {machine.in_words(result["machine"]) for result in results}
+    return f"Measured on {'; and on '.join(sorted(places))}:\n\n{commands}\n"
+
+
+def ratio(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f}x ({min(values):.2f}-{max(values):.2f})"
+
+
+def dtype(result: dict[str, Any]) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16"}[result["settings"]["dtype"]]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""Attention over a row of groups: a branch sees its prefix and itself, and nobody else.
+
+Registered with transformers under `NAME`; the row's `Layout` travels as the keyword argument
+`LAYOUT` through the decoder. No mask is registered, so no T x T tensor is ever made.
+
+On CPUs each segment takes two flash calls, on its prefix and on itself, merged by log-sum-exp (the
+"cascade" of Hydragen, arXiv 2402.05099). On GPUs all segments take one variable-length call, with
+each branch's prefix keys gathered in front of its own.
+
+What a family does to its attention scores that is not done here (soft caps, sinks, biases, windows)
+raises `UnsupportedAttention`: a wrong reward looks like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from raywards.packing import Layout, Segment
+
+NAME = "raywards"
+LAYOUT = "raywards_layout"
+
+
+@dataclass(frozen=True)
+class Stock:
+    """In a layout's place: this call is for transformers' own attention of that name."""
+
+    name: str
+
+
+class UnsupportedAttention(NotImplementedError):
+    """The model asks its attention for something that is not computed here."""
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers' decoders call.
+
+    Args:
+        module: The attention module, unused.
+        query: [1, H, T, D], rotated by the positions of `PackedRow`.
+        key, value: [1, Hkv, T, D].
+        attention_mask: None: the layout says who sees whom.
+        scaling: Of the scores; default: `D**-0.5`.
+        dropout: Must be 0: a shared prefix would get one mask instead of one per branch.
+        **kwargs: What the family passes, and the layout.
+
+    Returns:
+        The output [1, T, H, D], zero where nothing was asked, and None for the weights.
+    """
+    layout = kwargs.pop(LAYOUT, None)
+    if isinstance(layout, Stock):
+        stock = ALL_ATTENTION_FUNCTIONS.get(layout.name) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+        found: tuple[Tensor, None] = stock(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return found
+    if not isinstance(layout, Layout):
+        raise UnsupportedAttention(
+            "this model's attention is set up for raywards' packed rows, and it was called without "
+            "one. Call it through RewardModel, or undo that with RewardModel.unwrap()."
+        )
+    _refuse_what_is_not_computed(layout, query, value, attention_mask, dropout, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(query.device.type):  # as it does for torch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.device.type == "cpu":
+        return cast(Any, _Cascade).apply(query, key, value, layout, scale), None
+    return _varlen(query, key, value, layout, scale), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+def _refuse_what_is_not_computed(
+    layout: Layout,
+    query: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> None:
+    for name in ("softcap", "s_aux", "position_bias", "alibi", "head_mask", "past_key_values"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttention(f"its attention has {name}")
+    if dropout:
+        raise UnsupportedAttention(f"its attention drops out weights (p={dropout:g})")
+    if attention_mask is not None:
+        raise UnsupportedAttention("it makes an attention mask of its own")
+    window = kwargs.get("sliding_window")
+    if window is not None and layout.longest_path > window:
+        raise UnsupportedAttention(
+            f"its attention window of {window} tokens is shorter than a sequence of "
+            f"{layout.longest_path}"
+        )
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedAttention("its attention is not causal")
+    if query.shape[0] != 1 or query.shape[-1] != value.shape[-1]:
+        raise UnsupportedAttention("its queries and values have different sizes")
+
+
+# ---------------------------------------------------------------- CPU
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Cascade(torch.autograd.Function):
+    """Two flash calls a segment, merged.
+
+    The backward is written out: each piece is differentiated against the merged output and the
+    merged log-sum-exp, and the sums of that are exact. Autograd through the merge would be silently
+    wrong, because the kernel's own backward ignores the gradient of its log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float
+    ) -> Tensor:
+        _, heads, tokens, size = query.shape
+        sparse = sum(s.query_end - s.query_start for s in layout.segments) < tokens
+        out = query.new_zeros if sparse else query.new_empty
+        output = out(1, tokens, heads, size).transpose(1, 2)
+        lse = query.new_empty(1, heads, tokens, dtype=torch.float32)
+        for segment in layout.segments:
+            asked = slice(segment.query_start, segment.query_end)
+            pieces = [
+                _flash(
+                    query[:, :, asked], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale
+                )
+                for seen, causal in _pieces(segment)
+            ]
+            output[:, :, asked], lse[:, :, asked] = _merge(*pieces)
+        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.layout, ctx.scale = layout, scale
+        return output.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # In fp32 also for bf16: on short segments the kernel's bf16 backward is the slower one
+        # (bench/kernels.py), and the sums over branches lose nothing.
+        saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
+        query, key, value, output, lse = (tensor.float() for tensor in saved)
+        grad_output = grads[0].float().transpose(1, 2)
+        by_query, by_key, by_value = map(_zeros_by_token, (query, key, value))
+        for segment in ctx.layout.segments:
+            asked = slice(segment.query_start, segment.query_end)
+            for seen, causal in _pieces(segment):
+                of_query, of_key, of_value = _flash_backward(
+                    grad_output[:, :, asked],
+                    query[:, :, asked],
+                    key[:, :, seen],
+                    value[:, :, seen],
+                    output[:, :, asked],
+                    lse[:, :, asked],
+                    0.0,
+                    causal,
+                    scale=ctx.scale,
+                )
+                by_query[:, :, asked] += of_query
+                by_key[:, :, seen] += of_key
+                by_value[:, :, seen] += of_value
+        dtype = saved[0].dtype
+        return by_query.to(dtype), by_key.to(dtype), by_value.to(dtype), None, None
+
+
+def _pieces(segment: Segment) -> list[tuple[slice, bool]]:
+    """Keys of each flash call, and whether it is causal."""
+    alone = segment.query_end - segment.query_start == 1
+    own = (slice(segment.own_start, segment.own_end), not alone)
+    if segment.prefix_start == segment.prefix_end:
+        return [own]
+    return [own, (slice(segment.prefix_start, segment.prefix_end), False)]
+
+
+def _merge(
+    own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over both pieces' keys."""
+    if prefix is None:
+        return own
+    lse = torch.logaddexp(own[1], prefix[1])
+    weights = [(part_lse - lse).exp_()[..., None] for _, part_lse in (own, prefix)]
+    return own[0] * weights[0] + prefix[0] * weights[1], lse
+
+
+def _zeros_by_token(like: Tensor) -> Tensor:
+    """Zeros [1, H, T, D] that lie in memory token by token, as the projections want them."""
+    _, heads, tokens, size = like.shape
+    return like.new_zeros(1, tokens, heads, size).transpose(1, 2)
+
+
+# ---------------------------------------------------------------- GPU (not run on one yet)
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    """One variable-length flash call. Needs half precision, as flash attention does."""
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        raise UnsupportedAttention(
+            f"there is no packed attention for {query.dtype} on {query.device.type}"
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    places = _places_on(layout, query.device)
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    asked = queries if places.asked is None else queries.index_select(0, places.asked)
+    gather = cast(Any, _Gather).apply
+    found = varlen_attn(
+        asked,
+        gather(keys, places.seen, places.copies),
+        gather(values, places.seen, places.copies),
+        places.query_ends,
+        places.key_ends,
+        places.most_queries,
+        places.most_keys,
+        scale=scale,
+        window_size=(-1, 0),  # causal, aligned at the end
+        enable_gqa=keys.shape[1] != queries.shape[1],
+    )
+    output = cast(Tensor, found)
+    if places.asked is not None:
+        # Each place once, so the sum in the backward of this has one term: deterministic.
+        output = torch.zeros_like(queries).index_copy(0, places.asked, output)
+    return output[None]
+
+
+class _Places:
+    """A layout as index tensors on a device."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        seen: list[int] = []
+        asked: list[int] = []
+        query_ends, key_ends = [0], [0]
+        for segment in layout.segments:
+            seen += range(segment.prefix_start, segment.prefix_end)
+            seen += range(segment.own_start, segment.own_end)
+            asked += range(segment.query_start, segment.query_end)
+            query_ends.append(len(asked))
+            key_ends.append(len(seen))
+        self.seen = torch.tensor(seen, device=device)
+        contiguous = asked == list(range(len(asked))) and layout.pooled is not None
+        self.asked = None if contiguous else torch.tensor(asked, device=device)
+        self.query_ends = torch.tensor(query_ends, dtype=torch.int32, device=device)
+        self.key_ends = torch.tensor(key_ends, dtype=torch.int32, device=device)
+        self.most_queries = max(s.query_end - s.query_start for s in layout.segments)
+        self.most_keys = max(segment.num_keys for segment in layout.segments)
+        self.copies = _copies(seen).to(device)
+
+
+@lru_cache(maxsize=4)
+def _places_on(layout: Layout, device: torch.device) -> _Places:
+    return _Places(layout, device)
+
+
+def _copies(seen: list[int]) -> Tensor:
+    """[T, most copies]: where each token went, filled up with `len(seen)`."""
+    places: list[list[int]] = [[] for _ in range(max(seen) + 1)]
+    for place, token in enumerate(seen):
+        places[token].append(place)
+    most = max(map(len, places))
+    return torch.tensor([p + [len(seen)] * (most - len(p)) for p in places])
+
+
+class _Gather(torch.autograd.Function):
+    """`source[places]`, whose backward adds the copies of a token in a fixed order.
+
+    The backward of `index_select` adds them as they come on a GPU: other bits in every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, places: Tensor, copies: Tensor) -> Tensor:
+        ctx.save_for_backward(copies)
+        ctx.num_tokens = len(source)
+        return source.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        [copies] = ctx.saved_tensors
+        grad = torch.cat([grads[0], torch.zeros_like(grads[0][:1])])
+        summed = grad[copies].float().sum(1).to(grad.dtype)
+        if len(summed) < ctx.num_tokens:  # the row's last tokens, which nobody sees
+            rest = summed.new_zeros(ctx.num_tokens - len(summed), *summed.shape[1:])
+            summed = torch.cat([summed, rest])
+        return summed, None, None
