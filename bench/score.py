@@ -84,6 +84,7 @@ class Side:
 
 SIDES: dict[str, Callable[[dict[str, Any]], Side]] = {
     "scorer": lambda job: load_scorer(job),
+    "scorer_deterministic": lambda job: load_scorer(job, deterministic=True),
     "plain_random": lambda job: load_plain(job, by_length=False),
     "plain_sorted": lambda job: load_plain(job, by_length=True),
     "cross_encoder": lambda job: load_cross_encoder(job),

@@ -13,8 +13,9 @@ raises `UnsupportedAttention`: a wrong reward looks like any other.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
@@ -66,8 +67,7 @@ def attend(
     """
     layout = kwargs.pop(LAYOUT, None)
     if isinstance(layout, Stock):
-        stock = ALL_ATTENTION_FUNCTIONS.get(layout.name) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-        found: tuple[Tensor, None] = stock(
+        found: tuple[Tensor, None] = _stock_function(module, layout.name)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         return found
@@ -87,6 +87,12 @@ def attend(
 
 
 AttentionInterface.register(NAME, attend)
+
+
+def _stock_function(module: Any, name: str) -> Any:
+    # Each family has an eager attention of its own, beside its attention module.
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
 def _refuse_what_is_not_computed(
@@ -216,16 +222,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
         raise UnsupportedAttention(
             f"there is no packed attention for {query.dtype} on {query.device.type}"
         )
+    return _one_call(query, key, value, _places_on(layout, query.device), scale)
+
+
+def _one_call(query: Tensor, key: Tensor, value: Tensor, places: _Places, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    places = _places_on(layout, query.device)
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     asked = queries if places.asked is None else queries.index_select(0, places.asked)
     gather = cast(Any, _Gather).apply
     found = varlen_attn(
         asked,
-        gather(keys, places.seen, places.copies),
-        gather(values, places.seen, places.copies),
+        gather(keys, places),
+        gather(values, places),
         places.query_ends,
         places.key_ends,
         places.most_queries,
@@ -245,23 +254,31 @@ class _Places:
     """A layout as index tensors on a device."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
-        seen: list[int] = []
-        asked: list[int] = []
-        query_ends, key_ends = [0], [0]
-        for segment in layout.segments:
-            seen += range(segment.prefix_start, segment.prefix_end)
-            seen += range(segment.own_start, segment.own_end)
-            asked += range(segment.query_start, segment.query_end)
-            query_ends.append(len(asked))
-            key_ends.append(len(seen))
-        self.seen = torch.tensor(seen, device=device)
-        contiguous = asked == list(range(len(asked))) and layout.pooled is not None
-        self.asked = None if contiguous else torch.tensor(asked, device=device)
-        self.query_ends = torch.tensor(query_ends, dtype=torch.int32, device=device)
-        self.key_ends = torch.tensor(key_ends, dtype=torch.int32, device=device)
-        self.most_queries = max(s.query_end - s.query_start for s in layout.segments)
-        self.most_keys = max(segment.num_keys for segment in layout.segments)
-        self.copies = _copies(seen).to(device)
+        table = torch.tensor(layout.segments)
+        query_start, query_end, prefix_start, prefix_end, own_start, own_end = table.unbind(1)
+        num_queries = query_end - query_start
+        num_keys = prefix_end - prefix_start + own_end - own_start
+        pieces = torch.stack([prefix_start, prefix_end, own_start, own_end], 1).view(-1, 2)
+        self.seen = _ranges(pieces[:, 0], pieces[:, 1]).to(device)
+        """[K]: places of the keys, segment after segment."""
+        asked = _ranges(query_start, query_end).to(device)
+        self.asked = None if layout.pooled is not None else asked
+        """[Q]: places of the queries; None: all of the row."""
+        self.query_ends = _ends(num_queries).to(device)
+        self.key_ends = _ends(num_keys).to(device)
+        self.most_queries = int(num_queries.max())
+        self.most_keys = int(num_keys.max())
+
+    @cached_property
+    def copies(self) -> Tensor:
+        """[places seen, most copies]: where in `seen` each place went, filled up with K."""
+        order = torch.argsort(self.seen, stable=True)
+        counts = torch.bincount(self.seen)
+        starts = counts.cumsum(0) - counts
+        place = self.seen[order]
+        turn = torch.arange(len(order), device=order.device) - starts[place]
+        filled = order.new_full((len(counts), int(counts.max())), len(order))
+        return filled.index_put((place, turn), order)
 
 
 @lru_cache(maxsize=4)
@@ -269,33 +286,35 @@ def _places_on(layout: Layout, device: torch.device) -> _Places:
     return _Places(layout, device)
 
 
-def _copies(seen: list[int]) -> Tensor:
-    """[T, most copies]: where each token went, filled up with `len(seen)`."""
-    places: list[list[int]] = [[] for _ in range(max(seen) + 1)]
-    for place, token in enumerate(seen):
-        places[token].append(place)
-    most = max(map(len, places))
-    return torch.tensor([p + [len(seen)] * (most - len(p)) for p in places])
+def _ranges(starts: Tensor, ends: Tensor) -> Tensor:
+    """`range(start, end)` of each pair, end to end."""
+    lengths = ends - starts
+    before = lengths.cumsum(0) - lengths
+    offsets = torch.repeat_interleave(starts - before, lengths)
+    return offsets + torch.arange(len(offsets))
+
+
+def _ends(lengths: Tensor) -> Tensor:
+    """0 and the running sums, as flash attention takes them."""
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 class _Gather(torch.autograd.Function):
-    """`source[places]`, whose backward adds the copies of a token in a fixed order.
+    """`source[places.seen]`, whose backward adds the copies of a token in a fixed order.
 
     The backward of `index_select` adds them as they come on a GPU: other bits in every run.
     """
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, places: Tensor, copies: Tensor) -> Tensor:
-        ctx.save_for_backward(copies)
-        ctx.num_tokens = len(source)
-        return source.index_select(0, places)
+    def forward(ctx: Any, source: Tensor, places: _Places) -> Tensor:
+        ctx.places, ctx.num_tokens = places, len(source)
+        return source.index_select(0, places.seen)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        [copies] = ctx.saved_tensors
         grad = torch.cat([grads[0], torch.zeros_like(grads[0][:1])])
-        summed = grad[copies].float().sum(1).to(grad.dtype)
+        summed = grad[ctx.places.copies].float().sum(1).to(grad.dtype)
         if len(summed) < ctx.num_tokens:  # the row's last tokens, which nobody sees
             rest = summed.new_zeros(ctx.num_tokens - len(summed), *summed.shape[1:])
             summed = torch.cat([summed, rest])
-        return summed, None, None
+        return summed, None

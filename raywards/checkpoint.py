@@ -315,7 +315,7 @@ def _describe_export(
 def _rewards(
     model: RewardModel, sequences: Sequence[list[int]], splits: Sequence[int]
 ) -> list[float]:
-    groups = group_by_prefix(sequences, splits)
+    groups = group_by_prefix(sequences, dict(enumerate(splits)))
     rewards = [math.nan] * len(sequences)
     order = [member for group in groups for member in group.members]
     for member, reward in zip(order, model(pack(sequences, groups)).tolist(), strict=True):

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 Path = Literal["packed", "masked", "padded"]
 PATHS: tuple[Path, ...] = ("packed", "masked", "padded")
+# A mask of so many tokens takes 64 MiB in fp32, and its attention most of a layer's time.
+_MASKED_TOKENS = 4096
 _ATTENTION = {"full_attention", "sliding_attention", "attention", "indexed_attention"}
 
 
@@ -58,6 +60,7 @@ class RewardModel(nn.Module):
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
+        self.training = inner.training
         # A long sequence switches the attention of the whole model while it is computed.
         self._one_at_a_time = threading.RLock()
         head = getattr(inner, "score", None)
@@ -65,7 +68,7 @@ class RewardModel(nn.Module):
         self.path: Path = "packed"
         self._stock_attention = inner.config._attn_implementation
         self.max_tokens = families.longest_exact(inner.config.get_text_config())
-        self._window = _shortest_window(inner.config.get_text_config())
+        self.window = _shortest_window(inner.config.get_text_config())
         self._trim = _LastLayerTrim(self._backbone) if self.pools_by_position else None
         if self.pools_by_position:
             # Same parameters, same name, another forward: ZeRO's hooks and `state_dict` hold.
@@ -78,6 +81,16 @@ class RewardModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._one_at_a_time = threading.RLock()
+
+    @property
+    def pads(self) -> bool:
+        """Whether rows end in padding, so that sequences of like length belong together."""
+        return self.path == "padded" or (self.training and _drops_out(self.inner))
+
+    @property
+    def most_tokens(self) -> float:
+        """Tokens above which a row is too long: of a [T, T] mask."""
+        return _MASKED_TOKENS if self.path == "masked" else float("inf")
 
     def use(self, path: Path) -> None:
         """Compute rows on this path from now on."""
@@ -167,11 +180,9 @@ class RewardModel(nn.Module):
         return set(getattr(self.inner.config.get_text_config(), "layer_types", None) or ())
 
     def _path_of(self, row: PackedRow) -> Path:
-        if self.path == "padded":
+        if self.pads:  # with dropout: a shared prefix would get one mask instead of two
             return "padded"
-        if self.training and _drops_out(self.inner):
-            return "padded"  # a shared prefix would get one dropout mask instead of two
-        if self.path == "packed" and row.layout.longest_path > self._window:
+        if self.path == "packed" and row.layout.longest_path > self.window:
             return "padded"
         return self.path
 

@@ -14,7 +14,7 @@ nothing but the speed.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -222,14 +222,15 @@ def _pooled_layout(segments: Sequence[Segment], pooled: Sequence[int]) -> Layout
 # ---------------------------------------------------------------- scoring
 
 
-def group_by_prefix(sequences: Sequence[Ids], splits: Sequence[int]) -> list[Group]:
-    """Sequences that are equal up to their split, together; in the order of their first members.
+def group_by_prefix(sequences: Sequence[Ids], splits: Mapping[int, int]) -> list[Group]:
+    """Those of `sequences` that `splits` names, together where they are equal up to their split.
 
     `splits[i]` must follow from sequence `i` alone (`Rendering.split`).
     """
     groups: dict[tuple[int, ...] | int, list[int]] = {}
     alike: dict[tuple[int, ...], int] = {}
-    for index, (ids, split) in enumerate(zip(sequences, splits, strict=True)):
+    for index, split in splits.items():
+        ids = sequences[index]
         if split:
             key: tuple[int, ...] | int = tuple(ids[:split])
         else:  # equal sequences are still computed once
@@ -266,13 +267,16 @@ def fill_rows(
 
 
 def fill_batches(
-    lengths: Sequence[int], *, max_tokens: int, max_sequences: int
+    lengths: Mapping[int, int], *, max_tokens: int, max_sequences: int
 ) -> list[list[Group]]:
-    """The same for a model that pads: sequences of like length, padding counted."""
+    """The same for a model that pads: sequences of like length, padding counted.
+
+    `lengths` is by index.
+    """
     batches: list[list[Group]] = []
     current: list[Group] = []
     longest = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(lengths, key=lambda i: (-lengths[i], i)):
         longest = longest if current else lengths[index]
         full = longest * (len(current) + 1) > max_tokens or len(current) == max_sequences
         if current and full:
@@ -342,7 +346,11 @@ class TrainPlan:
 
 
 def deal(
-    indices: Sequence[int], costs: Sequence[int], *, num_ranks: int, max_tokens: int
+    indices: Sequence[int],
+    costs: Sequence[int] | Mapping[int, int],
+    *,
+    num_ranks: int,
+    max_tokens: int,
 ) -> list[list[list[int]]]:
     """Deal a global batch to ranks and rows: `result[rank][row]` lists indices of pairs.
 
@@ -391,7 +399,9 @@ def deal_batches(
     return plan
 
 
-def _spread(by_cost: Sequence[int], costs: Sequence[int], num_rows: int) -> list[list[int]]:
+def _spread(
+    by_cost: Sequence[int], costs: Sequence[int] | Mapping[int, int], num_rows: int
+) -> list[list[int]]:
     """Each index to the emptiest row so far (longest processing time first)."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     loads = [(0, row) for row in range(num_rows)]

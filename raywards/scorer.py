@@ -32,6 +32,8 @@ Conversation = Sequence[Mapping[str, Any]] | str
 Truncation = Literal["error", "left", "right"]
 
 _MAX_BATCH_SEQUENCES = 256
+# A longer row is no faster on a CPU (bench/kernels.py).
+_CPU_ROW_TOKENS = 4096
 # Weight files up to this size are hashed whole: a second each. Of larger ones, the header and the
 # start of every tensor: no training leaves all of those as they were.
 _HASHED_WHOLE_BYTES = 1 << 30
@@ -78,7 +80,9 @@ class Scorer:
             _foreign_skip_id(source, self._config, rendering) if is_foreign_decoder else None
         )
         self.vocab_size: int = self._config.vocab_size
-        self.max_length = _max_length(self._config, rendering.tokenizer, max_length)
+        self.max_length = _max_length(
+            self._config, rendering.tokenizer, max_length, model.max_tokens
+        )
         self.info = self._describe(source, weights)
 
     @classmethod
@@ -150,7 +154,7 @@ class Scorer:
     @property
     def packs(self) -> bool:
         """Whether a forward costs what its tokens cost, with no padding."""
-        return self._model.path != "padded"
+        return not self._model.pads
 
     def score(self, conversations: Sequence[Conversation]) -> list[float]:
         """The reward of each conversation, in order."""
@@ -315,11 +319,17 @@ class Scorer:
         return rewards
 
     def _plan(self, sequences: Sequence[Sequence[int]], lengths: list[int]) -> list[list[Group]]:
-        limits = {"max_tokens": self._max_batch_tokens, "max_sequences": _MAX_BATCH_SEQUENCES}
-        if not self.packs:
-            return fill_batches(lengths, **limits)
-        splits = [self._rendering.split(ids) for ids in sequences]
-        return fill_rows(group_by_prefix(sequences, splits), lengths, **limits)
+        most = min(self._max_batch_tokens, self._model.most_tokens)
+        if self._device.type == "cpu":
+            most = min(most, _CPU_ROW_TOKENS)
+        limits = {"max_tokens": int(most), "max_sequences": _MAX_BATCH_SEQUENCES}
+        # Beyond its attention window the model pads: such sequences go together, by length.
+        longest = 0 if self._model.pads else self._model.window
+        long = [i for i, length in enumerate(lengths) if length > longest]
+        short = [i for i, length in enumerate(lengths) if length <= longest]
+        splits = {i: self._rendering.split(sequences[i]) for i in short}
+        rows = fill_rows(group_by_prefix(sequences, splits), lengths, **limits)
+        return rows + fill_batches({i: lengths[i] for i in long}, **limits)
 
     @property
     def _takes_messages(self) -> bool:
@@ -404,9 +414,9 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _max_length(config: Any, tokenizer: Any, asked: int | None) -> int:
-    """The lower of what the positions and the tokenizer allow, or of what was asked for."""
-    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length]
+def _max_length(config: Any, tokenizer: Any, asked: int | None, exact: float) -> int:
+    """The lowest of what positions, tokenizer and exact rewards allow, or of what was asked for."""
+    limits = [getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, exact]
     able = min((int(n) for n in limits if n is not None and 0 < n < 10**9), default=1 << 20)
     if asked is not None and asked > able:
         logger.warning("max_length=%d is more than the model's %d positions", asked, able)

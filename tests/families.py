@@ -143,7 +143,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What a family needs beside its shrunken fields."""
 
-NOT_BUILT = {"layoutlmv2": "it needs detectron2, which is on no package index"}
+NOT_BUILT = {"layoutlmv2": "it is made with detectron2, which the tests do not install"}
 RANDOM_IN_TRAINING = {"phimoe": "in training its experts are drawn at random, as in transformers"}
 
 
@@ -352,7 +352,7 @@ def _note(model: RewardModel, problems: list[str]) -> str:
     notes = []
     if model.path != "packed":
         notes.append(_why_no_better(model, problems))
-    windows = model.path == "packed" and model._window != math.inf
+    windows = model.path == "packed" and model.window != math.inf
     notes += ["padded where a sequence is longer than the attention window"] if windows else []
     for field in ("keep_window_size", "index_topk"):
         if getattr(config, field, None):

@@ -380,7 +380,7 @@ def test_a_window_shorter_than_a_sequence_takes_the_padded_path(
     assert row.layout.longest_path == 21
     assert off(model(row), right) < 1e-5
     # The guard of the model taken away, that of attention speaks; both away, rewards are wrong.
-    monkeypatch.setattr(model, "_window", math.inf)
+    monkeypatch.setattr(model, "window", math.inf)
     with pytest.raises(UnsupportedAttention, match=f"window of {window}"):
         model(row)
     monkeypatch.setattr(attention, "_refuse_what_is_not_computed", lambda *_: None)
@@ -504,42 +504,29 @@ def varlen_reference(
     return torch.cat(output)
 
 
-class OnCuda:
-    """A CPU tensor that says it is a half-precision one on a GPU, until it is indexed."""
-
-    device = SimpleNamespace(type="cuda")
-    dtype = torch.bfloat16
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-        self.shape = tensor.shape
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._tensor[index]
-
-
 @pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One variable-length call by the GPU's code, with a kernel of plain PyTorch."""
+def plain_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's code with a kernel of plain PyTorch."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
-    monkeypatch.setattr(
-        attention, "_places_on", lambda layout, _: attention._Places(layout, torch.device("cpu"))
-    )
 
 
-def on_cuda(inputs: QKV, layout: Layout) -> Tensor:
-    return call(*(OnCuda(tensor) for tensor in inputs), layout)  # type: ignore[arg-type]
+def places_of(layout: Layout) -> attention._Places:
+    return attention._Places(layout, torch.device("cpu"))
+
+
+def one_call(inputs: QKV, layout: Layout) -> Tensor:
+    return attention._one_call(*inputs, places_of(layout), inputs[0].shape[-1] ** -0.5)
 
 
 @each_row
 @pytest.mark.parametrize("pooled", [False, True])
 def test_one_variable_length_call_gives_outputs_and_gradients_of_a_masked_softmax(
-    row: PackedRow, pooled: bool, pretended_gpu: None
+    row: PackedRow, pooled: bool, plain_kernel: None
 ) -> None:
     layout = row.layout.pooled if pooled else row.layout
     assert layout is not None
     inputs = draw(len(row.input_ids))
-    ours, right = on_cuda(inputs, layout), naive(*inputs, layout, 8**-0.5)
+    ours, right = one_call(inputs, layout), naive(*inputs, layout, 8**-0.5)
     assert off(ours, right) <= 2e-6
     for our, their in zip(gradients(ours, inputs), gradients(right, inputs), strict=True):
         assert off(our, their) <= 2e-6
@@ -547,11 +534,11 @@ def test_one_variable_length_call_gives_outputs_and_gradients_of_a_masked_softma
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
 def test_one_variable_length_call_shares_keys_as_grouped_queries_do(
-    heads: int, kv_heads: int, pretended_gpu: None
+    heads: int, kv_heads: int, plain_kernel: None
 ) -> None:
     row = ROWS["everything"]
     inputs = draw(len(row.input_ids), heads=heads, kv_heads=kv_heads)
-    assert off(on_cuda(inputs, row.layout), naive(*inputs, row.layout, 8**-0.5)) <= 2e-6
+    assert off(one_call(inputs, row.layout), naive(*inputs, row.layout, 8**-0.5)) <= 2e-6
 
 
 @each_row
@@ -559,7 +546,7 @@ def test_one_variable_length_call_shares_keys_as_grouped_queries_do(
 def test_places_hold_what_each_segment_sees(row: PackedRow, pooled: bool) -> None:
     layout = row.layout.pooled if pooled else row.layout
     assert layout is not None
-    places = attention._Places(layout, torch.device("cpu"))
+    places = places_of(layout)
     queries = list(range(len(row.input_ids))) if places.asked is None else places.asked.tolist()
     assert (places.asked is None) == (not pooled)  # a whole row need not be gathered
     query_ends, key_ends = places.query_ends.tolist(), places.key_ends.tolist()
@@ -575,10 +562,10 @@ def test_places_hold_what_each_segment_sees(row: PackedRow, pooled: bool) -> Non
 def test_the_gather_is_an_index_select_forward_and_backward(row: PackedRow, pooled: bool) -> None:
     layout = row.layout.pooled if pooled else row.layout
     assert layout is not None
-    places = attention._Places(layout, torch.device("cpu"))
+    places = places_of(layout)
     generator = torch.Generator().manual_seed(2)
     source = torch.randn(len(row.input_ids), 2, 3, generator=generator).requires_grad_()
-    ours = attention._Gather.apply(source, places.seen, places.copies)
+    ours = attention._Gather.apply(source, places)
     theirs = source.index_select(0, places.seen)
     assert torch.equal(ours, theirs)
     weight = torch.randn(theirs.shape, generator=generator)
@@ -587,20 +574,42 @@ def test_the_gather_is_an_index_select_forward_and_backward(row: PackedRow, pool
     torch.testing.assert_close(our, their)
 
 
-def test_copies_list_every_place_of_every_token() -> None:
-    seen = [0, 1, 0, 1, 3, 0]
-    copies = attention._copies(seen)
-    assert copies.tolist() == [[0, 2, 5], [1, 3, 6], [6, 6, 6], [4, 6, 6]]
+@each_row
+@pytest.mark.parametrize("pooled", [False, True])
+def test_copies_list_every_place_of_every_token(row: PackedRow, pooled: bool) -> None:
+    layout = row.layout.pooled if pooled else row.layout
+    assert layout is not None
+    places = places_of(layout)
+    seen = places.seen.tolist()
+    expected = [[p for p, token in enumerate(seen) if token == t] for t in range(max(seen) + 1)]
+    most = max(map(len, expected))
+    filled = [of_token + [len(seen)] * (most - len(of_token)) for of_token in expected]
+    assert places.copies.tolist() == filled
+
+
+def test_a_token_that_is_passed_over_has_no_copies() -> None:
+    places = places_of(ROWS["a pair"].layout)
+    places.seen = torch.tensor([0, 1, 0, 1, 3, 0])
+    assert places.copies.tolist() == [[0, 2, 5], [1, 3, 6], [6, 6, 6], [4, 6, 6]]
+
+
+def test_copies_are_listed_for_a_backward_alone(plain_kernel: None) -> None:
+    row = ROWS["a pair"]
+    inputs, places = draw(len(row.input_ids)), places_of(row.layout)
+    output = attention._one_call(*inputs, places, 1.0)
+    assert "copies" not in vars(places)
+    output.sum().backward()
+    assert "copies" in vars(places)
 
 
 def test_tokens_that_nobody_sees_get_no_gradient() -> None:
     """Behind the last pooled place of a row, where the last id was skipped."""
     row = pack_alone([[5, 6, PAD, PAD]], skip_id=PAD)
     assert row.layout.pooled is not None
-    places = attention._Places(row.layout.pooled, torch.device("cpu"))
+    places = places_of(row.layout.pooled)
     assert len(places.copies) == 2
     source = torch.ones(4, 2, 3, requires_grad=True)
-    attention._Gather.apply(source, places.seen, places.copies).sum().backward()
+    attention._Gather.apply(source, places).sum().backward()
     assert source.grad is not None
     assert source.grad[:, 0, 0].tolist() == [1, 1, 0, 0]
 
@@ -608,22 +617,21 @@ def test_tokens_that_nobody_sees_get_no_gradient() -> None:
 def test_sums_over_copies_are_in_fp32_also_for_bf16() -> None:
     """Adding ones in bf16 stops at 256."""
     row = row_of((1, [1] * 299))
-    places = attention._Places(row.layout, torch.device("cpu"))
+    places = places_of(row.layout)
     source = torch.ones(len(row.input_ids), 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    attention._Gather.apply(source, places.seen, places.copies).sum().backward()
+    attention._Gather.apply(source, places).sum().backward()
     assert source.grad is not None
     assert source.grad[0, 0, 0].item() == 300
 
 
-@pytest.mark.parametrize("device_type", ["cuda", "mps"])
-def test_a_device_or_a_type_without_a_kernel_is_refused(device_type: str) -> None:
-    class Elsewhere(OnCuda):
-        device = SimpleNamespace(type=device_type)
-        dtype = torch.float32
-
-    query, key, value = (Elsewhere(tensor) for tensor in draw(20))
-    with pytest.raises(UnsupportedAttention, match=rf"torch\.float32 on {device_type}"):
-        call(query, key, value, ROWS["a pair"].layout)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cuda", torch.float32), ("cuda", torch.float64), ("mps", torch.bfloat16)],
+)
+def test_a_device_or_a_type_without_a_kernel_is_refused(device: str, dtype: torch.dtype) -> None:
+    query: Any = SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype)
+    with pytest.raises(UnsupportedAttention, match=rf"{dtype} on {device}"):
+        attention._varlen(query, query, query, ROWS["a pair"].layout, 1.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -41,6 +41,7 @@ class FakeScorer:
 
     max_length = 1000
     vocab_size = 300
+    packs = True
 
     def __init__(self) -> None:
         self.info: dict[str, Any] = {"vocab_size": 300, "revision": "sha256:abc"}

@@ -420,7 +420,10 @@ def noise(rewards: Tensor, exact: Tensor) -> float:
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 @torch.inference_mode()
 def test_in_bf16_a_row_is_as_noisy_as_the_padded_reference(family: str, how: str) -> None:
-    """Both measured here against the same weights in fp32, over 48 sequences."""
+    """Both measured here against the same weights in fp32, over 48 sequences.
+
+    Found: 0.9 to 1.3 times; two pieces are rounded to bf16 where the padded path rounds one.
+    """
     coarse = make(family)
     if how == "weights":
         coarse = coarse.bfloat16()
@@ -434,7 +437,7 @@ def test_in_bf16_a_row_is_as_noisy_as_the_padded_reference(family: str, how: str
         padded = model(PAIRS)
     assert packed.dtype == torch.float32
     assert noise(padded, exact) > 1e-4, "nothing was rounded"
-    assert noise(packed, exact) <= 1.5 * noise(padded, exact)
+    assert noise(packed, exact) <= 1.6 * noise(padded, exact)
     assert noise(packed, exact) < 0.05 * exact.std().item()
 
 
@@ -457,7 +460,7 @@ def test_in_bf16_gradients_are_as_noisy_as_the_padded_reference(how: str) -> Non
         whole = sum(gradient.double().square().sum() for gradient in exact.values())
         return float((sum(squares) / whole) ** 0.5)
 
-    assert 1e-4 < error("packed") <= 1.5 * error("padded") < 0.2
+    assert 1e-4 < error("packed") <= 1.6 * error("padded") < 0.2
 
 
 @torch.inference_mode()
@@ -670,17 +673,28 @@ def test_without_dropout_a_model_in_training_gives_the_rewards_of_evaluation(fam
     torch.testing.assert_close(model(ROW), evaluated)
 
 
-def test_dropout_and_recomputed_activations_go_together() -> None:
-    """The backward recomputes a padded row, with the attention and the mask of its forward."""
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("family", "rates"), [("qwen2", RATES["qwen2"]), ("windowed", {})], ids=["dropout", "window"]
+)
+def test_what_falls_back_to_padding_is_recomputed_as_it_was_computed(
+    family: str, rates: dict[str, float], attn_implementation: str, use_reentrant: bool
+) -> None:
+    """In the backward our attention is in place again, and the random numbers are drawn again."""
     gradients = []
     for checkpointing in (False, True):
-        model = wrap("qwen2", scale=2.0, **RATES["qwen2"]).train()
+        inner = make(family, scale=2.0, attn_implementation=attn_implementation, **rates)
+        model = RewardModel(inner).train()
+        assert (model.path, model._path_of(ROW)) == ("packed", "padded")
         if checkpointing:
-            model.inner.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
+            inner.activation_checkpointing_enable(
+                activation_checkpointing_kwargs={"use_reentrant": use_reentrant}
             )
         torch.manual_seed(0)
-        gradients.append(backward(model(ROW), model.inner))
+        with counted_calls(next(layers_of(inner)[0].children())) as calls:
+            gradients.append(backward(model(ROW), inner))
+        assert len(calls) == 1 + checkpointing
     assert_same_gradients(*gradients)
 
 

@@ -295,7 +295,8 @@ prefixed = st.lists(
 
 
 def partition(parted: list[tuple[list[int], int]]) -> list[Group]:
-    return group_by_prefix([ids for ids, _ in parted], [split for _, split in parted])
+    splits = {index: split for index, (_, split) in enumerate(parted)}
+    return group_by_prefix([ids for ids, _ in parted], splits)
 
 
 @quick
@@ -331,6 +332,19 @@ def test_who_else_is_there_and_in_which_order_decides_about_no_group(
 
     whole = together(range(len(parted)))
     assert together(kept) == {group & set(kept) for group in whole} - {frozenset()}
+
+
+@quick
+@given(prefixed.filter(bool), st.data())
+def test_only_the_sequences_that_have_a_split_are_grouped(
+    parted: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    kept = sorted(data.draw(st.sets(st.sampled_from(range(len(parted))))))
+    ids = [ids for ids, _ in parted]
+    groups = group_by_prefix(ids, {index: parted[index][1] for index in kept})
+    assert sorted(members_in_order(groups)) == kept
+    named = partition([parted[index] for index in kept])
+    assert groups == [Group(split, tuple(kept[i] for i in group)) for split, group in named]
 
 
 # ---------------------------------------------------------------- fill_rows
@@ -449,7 +463,9 @@ def test_no_two_rows_could_have_been_one(
 def test_batches_keep_the_budget_with_their_padding_and_hold_every_sequence(
     of_sequences: list[int], max_tokens: int, max_sequences: int
 ) -> None:
-    batches = fill_batches(of_sequences, max_tokens=max_tokens, max_sequences=max_sequences)
+    batches = fill_batches(
+        dict(enumerate(of_sequences)), max_tokens=max_tokens, max_sequences=max_sequences
+    )
     flat = [group for batch in batches for group in batch]
     assert sorted(members_in_order(flat)) == list(range(len(of_sequences)))
     assert all(group.split == 0 and len(group.members) == 1 for group in flat)
@@ -461,7 +477,7 @@ def test_batches_keep_the_budget_with_their_padding_and_hold_every_sequence(
 
 def test_batches_use_the_budget_and_leave_an_oversized_sequence_alone() -> None:
     def members(of_sequences: list[int], **limits: int) -> list[list[int]]:
-        return [members_in_order(batch) for batch in fill_batches(of_sequences, **limits)]
+        return [members_in_order(batch) for batch in fill_batches(dict(enumerate(of_sequences)), **limits)]
 
     assert members([4, 50, 4, 4], max_tokens=12, max_sequences=9) == [[1], [0, 2, 3]]
     assert members([4, 4, 4, 4], max_tokens=99, max_sequences=3) == [[0, 1, 2], [3]]

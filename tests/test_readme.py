@@ -186,6 +186,15 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
         assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def test_the_tables_of_speed_are_made_from_the_results() -> None:
+    report = subprocess.run(
+        [sys.executable, "bench/report.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert report.stdout.count("|") > 50
+    tables = README.partition("<!-- made by bench/report.py -->\n")[2].partition("<!-- end of")[0]
+    assert tables.strip() == report.stdout.strip(), "run: python bench/report.py --write"
+
+
 def test_there_are_links_to_follow() -> None:
     assert README.count("](") > 5
 

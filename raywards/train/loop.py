@@ -234,7 +234,8 @@ def evaluate_alone(inner: Any, folder: Path, config: RewardConfig) -> dict[str, 
     model = RewardModel(inner).eval()
     try:
         settle_path(model)
-        rows = Rows(model.path == "padded", config.max_tokens_per_row or EVALUATION_TOKENS)
+        tokens = int(min(config.max_tokens_per_row or EVALUATION_TOKENS, model.most_tokens))
+        rows = Rows(model.pads, tokens, model.window)
         metrics = PairMetrics(next(model.parameters()).device)
         return evaluate_table(model, rows, PairTable(folder), config, metrics, rank=0, num_ranks=1)
     finally:

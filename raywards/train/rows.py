@@ -6,6 +6,7 @@ through it, and the difference of what autograd keeps is divided by that of thei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ EVALUATION_TOKENS = 8192
 _MOST_TOKENS = {"cpu": 4096, "cuda": 65_536}
 # Of the memory that is free: the rest is for gradients in flight, buckets, fragments.
 _SHARE_OF_FREE = 0.6
+_PROBE_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Rows:
     """Whether the model takes pairs of like length instead of packed rows."""
     max_tokens: int
     """Tokens of one row; a longer pair goes alone."""
+    window: float = math.inf
+    """Tokens above which the model pads a sequence: its pair goes alone, too."""
 
     def plan(
         self, table: PairTable, indices: Sequence[int], num_ranks: int, per_forward: int
@@ -44,7 +48,12 @@ class Rows:
             return deal_batches(
                 indices, table.lengths, num_ranks=num_ranks, per_forward=per_forward
             )
-        return deal(indices, table.tokens, num_ranks=num_ranks, max_tokens=self.max_tokens)
+        costs: Sequence[int] | dict[int, int] = table.tokens
+        if math.isfinite(self.window):
+            alone = self.max_tokens + 1
+            lengths = table.lengths
+            costs = {i: alone if lengths[i] > self.window else costs[i] for i in indices}
+        return deal(indices, costs, num_ranks=num_ranks, max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,12 @@ def fit_rows(
         checkpointing: As the settings say; None: only where activations would not fit.
         max_tokens: As the settings say; None: what fits, as a power of two.
     """
-    kept = measure_bytes_per_token(run, next(model.parameters()).device)
     config = model.inner.config.get_text_config()
+    kept = measure_bytes_per_token(
+        run,
+        next(model.parameters()).device,
+        getattr(config, "max_position_embeddings", None) or _PROBE_TOKENS,
+    )
     layers = max(1, config.num_hidden_layers)
     # The states between the layers, and one layer's activations while it is recomputed.
     recomputed = kept // layers + 4 * config.hidden_size * layers
@@ -104,10 +117,14 @@ def fit_rows(
     return Fit(not checkpointing, max_tokens, per_token)
 
 
-def measure_bytes_per_token(run: Callable[[PackedRow], Tensor], device: torch.device) -> int:
+def measure_bytes_per_token(
+    run: Callable[[PackedRow], Tensor], device: torch.device, most_positions: int
+) -> int:
     """Bytes that autograd keeps for each token of a row. A collective under ZeRO-3."""
-    short, long = (_kept_bytes(run, pack_alone([[0] * n]).to(device)) for n in (64, 192))
-    return max(1, (long - short) // 128)
+    longer = min(_PROBE_TOKENS, most_positions)
+    lengths = (longer // 3, longer)
+    short, long = (_kept_bytes(run, pack_alone([[0] * n]).to(device)) for n in lengths)
+    return max(1, (long - short) // (lengths[1] - lengths[0]))
 
 
 def _kept_bytes(run: Callable[[PackedRow], Tensor], row: PackedRow) -> int:

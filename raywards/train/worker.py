@@ -243,9 +243,16 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     model: RewardModel = engine.module
     bf16 = config.bf16 if config.bf16 is not None else True
     settle_path(model, run=engine, autocast=bf16)
-    padded = model.path == "padded"
+    if max(pairs.lengths) > model.max_tokens:
+        raise ConfigError(
+            f"max_length={config.max_length}: there are sequences of {max(pairs.lengths)} tokens, "
+            f"and beyond {model.max_tokens} a reward of {type(model.inner).__name__} depends on "
+            f"what else is in its batch (docs/families.md). Set max_length={model.max_tokens}."
+        )
     per_forward = config.per_device_train_batch_size
     parameters = [p for p in model.parameters() if p.requires_grad]
+    engine.train()
+    padded = model.pads
     engine.eval()
     fit = fit_rows(
         model,
@@ -255,7 +262,7 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
             ranks_on_node=session.ranks_on_node,
             num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         ),
-        most_tokens=most_tokens(session.device),
+        most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
         longest=2 * per_forward * max(pairs.lengths) if padded else max(pairs.tokens),
         checkpointing=config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
@@ -269,8 +276,9 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
             activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
             or {"use_reentrant": False}
         )
-    _note(session, f"The model takes {model.path} rows. {fit.in_words()}")
-    return Rows(padded, fit.max_tokens)
+    path = "padded" if padded else model.path
+    _note(session, f"The model takes {path} rows. {fit.in_words()}")
+    return Rows(padded, fit.max_tokens, model.window)
 
 
 def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:
