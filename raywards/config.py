@@ -189,8 +189,9 @@ class RewardConfig:
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Failed attempts after which the run gives up; each starts again from the last checkpoint.
     -1: never gives up."""
-    deepspeed: dict[str, Any] | str | int | None = "2"
-    """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in."""
+    deepspeed: dict[str, Any] | str | int | None = None
+    """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in.
+    Default: stage 2, or 0 with a single worker, which has nothing to shard."""
     ddp_timeout: Positive = 1800
     """Seconds after which a collective operation is taken to hang."""
 

@@ -32,7 +32,6 @@ REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl"]
 
 # Defaults of TRL that are not ours, and why.
 OTHER_DEFAULTS = {
-    "deepspeed": "raywards trains with DeepSpeed: stage 2 is the default",
     "disable_tqdm": "TRL's None is False unless its log level is high",
     "gradient_checkpointing": "TRL's True costs a third where activations fit, and they often do",
 }

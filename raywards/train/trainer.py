@@ -31,7 +31,7 @@ from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
-from raywards.train.worker import Job, global_batch
+from raywards.train.worker import Job, global_batch, may_be_half
 from raywards.train.zero import read_zero, zero_config
 
 logger = logging.getLogger(__name__)
@@ -168,7 +168,12 @@ class RewardTrainer:
             # A file is read once, here: workers run elsewhere, and its content is what counts.
             self.args.deepspeed = read_zero(self.args.deepspeed)
         # What a worker would refuse is refused here, before anything is written or started.
-        zero_config(self.args, num_ranks=max(1, self.args.num_workers), bf16=self._bf16)
+        zero_config(
+            self.args,
+            num_ranks=max(1, self.args.num_workers),
+            bf16=self._bf16,
+            half_weights=may_be_half(self._model, self._model_kwargs),
+        )
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,12 @@ def build_worker(job: Job, session: Session) -> Worker:
     config = job.config
     on_gpu = session.device.type == "cuda"
     bf16 = config.bf16 if config.bf16 is not None else True
-    settings = zero_config(config, num_ranks=session.world_size, bf16=bf16)
+    settings = zero_config(
+        config,
+        num_ranks=session.world_size,
+        bf16=bf16,
+        half_weights=may_be_half(job.model, job.model_kwargs),
+    )
     if not on_gpu:  # on GPUs DeepSpeed does without this op
         build_ops(say=lambda text: _note(session, text))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
@@ -204,6 +209,14 @@ def hidden_size(job: Job) -> int:
     else:
         config = job.model.config
     return int(config.get_text_config().hidden_size)
+
+
+def may_be_half(model: Any, model_kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model is, or may be, loaded in another type than fp32."""
+    if not isinstance(model, str):
+        return bool(model.dtype != torch.float32)
+    asked = model_kwargs.get("torch_dtype") or model_kwargs.get("dtype", "float32")
+    return asked not in ("float32", torch.float32)
 
 
 def asked_dtype(job: Job, inner: Any) -> torch.dtype:

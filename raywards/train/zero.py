@@ -14,13 +14,19 @@ from raywards.config import RewardConfig
 from raywards.errors import ConfigError, TrainingError
 
 
-def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str, Any]:
+def zero_config(
+    config: RewardConfig, *, num_ranks: int, bf16: bool, half_weights: bool = False
+) -> dict[str, Any]:
     """The dict for `deepspeed.initialize`, from a stage number, a dict, or a JSON file.
+
+    `half_weights`: they are loaded in half precision, so ZeRO has to make the fp32 masters.
 
     `"auto"` becomes the value of the matching setting of `config`; a value that contradicts its
     setting is a `ConfigError` that names both, as in transformers.
     """
-    settings = copy.deepcopy(read_zero(config.deepspeed))
+    # One process has nothing to shard, and ZeRO's copies cost it a third of its speed.
+    default = "2" if num_ranks > 1 or half_weights else "0"
+    settings = copy.deepcopy(read_zero(config.deepspeed or default))
     if "scheduler" in settings:
         raise ConfigError(
             "deepspeed.scheduler: the schedule is set by `lr_scheduler_type` and `warmup_steps`; "
@@ -67,8 +73,6 @@ def zero_config(config: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str
 
 def read_zero(given: Any) -> dict[str, Any]:
     """The `deepspeed` setting as a dict with `"auto"` values still in it. Reads a JSON file."""
-    if given is None:
-        return {"zero_optimization": {"stage": 0}}
     if isinstance(given, str) and given.isdigit():
         stage = int(given)
         if stage > 3:
