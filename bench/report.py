@@ -119,7 +119,18 @@ def cell(side: str, found: dict[str, Any]) -> str:
 def footnote(results: list[dict[str, Any]]) -> str:
     commands = "\n".join(f"    {result['machine']['command']}" for result in results)
     places = {machine.in_words(result["machine"]) for result in results}
-    return f"Measured on {'; and on '.join(sorted(places))}:\n\n{commands}\n"
+    taken = max(cores for result in results for cores in others(result))
+    disturbed = f" Other processes took up to {taken:.1f} cores of it." if taken > 0.2 else ""
+    return f"Measured on {'; and on '.join(sorted(places))}.{disturbed}\n\n{commands}\n"
+
+
+def others(result: dict[str, Any]) -> list[float]:
+    """Cores that other processes took while each figure was measured."""
+    if "speed" in result:
+        rounds = [one for found in result["speed"].values() for one in found["rounds"]]
+        return [one[side]["others_cores"] for one in rounds for side in one["order"]]
+    sides = [side for work in result["workloads"].values() for side in work["sides"].values()]
+    return [cores for side in sides for cores in side["others_cores"]]
 
 
 def ratio(values: list[float]) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.activations import GELUTanh, SiLUActivation
 
 from raywards.errors import ConfigError
-from raywards.model import RewardModel
+from raywards.model import Float32Linear, RewardModel
 from raywards.packing import Group, PackedRow, pack
 
 # Larger tiles waste more on a short row, smaller ones more on every row (bench/kernels.py).
@@ -65,35 +65,60 @@ _INVARIANT: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+# What holds weights of two and more dimensions, and gives a token the same bits in any row.
+_HOLDERS = (TiledLinear, Float32Linear, nn.Embedding)
+
+
 def make_invariant(model: RewardModel) -> None:
     """Compute `model` so that a reward has the same bits whatever else is in its row.
 
-    Same parameters and names; for scoring, not for training. Raises `ConfigError` where the model
-    has parts that this does not reach (seen by trying), pads, or is not on a CPU.
+    Same parameters and names; for scoring, not for training, and for sequences of at most
+    `most_tokens(model)`. Raises `ConfigError`, and leaves the model as it was, where it has parts
+    that this does not reach, pads, or is not on a CPU.
     """
     device = next(model.parameters()).device.type
-    name = type(model.inner).__name__
-    if device != "cpu" or model.path != "packed":
-        where = f"on {device}" if device != "cpu" else f"on the {model.path} path"
-        raise ConfigError(
-            f"deterministic=True: {name} {where} has no bit-exact forward; it is there for packed "
-            "rows on a CPU. Leave it out: `info['bound']` says how far a reward may move."
-        )
-    for module in model.modules():
-        replacement = _INVARIANT.get(type(module))
-        if replacement is not None:
-            module.__class__ = replacement
-    if not is_invariant(model):
-        raise ConfigError(
-            f"deterministic=True: parts of {name} still give other bits beside other sequences. "
-            "Leave it out: `info['bound']` says how far a reward may move."
-        )
+    if device != "cpu":
+        raise _refusal(model, f"on {device} has no bit-exact forward")
+    if model.path != "packed":
+        raise _refusal(model, f"takes {model.path} rows, which have no bit-exact forward")
+    replaced = [(module, type(module)) for module in model.modules() if type(module) in _INVARIANT]
+    for module, kind in replaced:
+        module.__class__ = _INVARIANT[kind]
+    problem = _not_reached(model)
+    if problem is None and not is_invariant(model):
+        problem = "still gives other bits beside other sequences"
+    if problem is not None:
+        for module, kind in replaced:
+            module.__class__ = kind
+        raise _refusal(model, problem)
+
+
+def most_tokens(model: RewardModel) -> float:
+    """Tokens of the longest sequence whose reward is invariant: a longer one is padded."""
+    return min(model.window, model.max_tokens)
+
+
+def _not_reached(model: RewardModel) -> str | None:
+    for name, module in model.named_modules():
+        matrices = [
+            parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 1
+        ]
+        if matrices and not isinstance(module, _HOLDERS):
+            return f"multiplies in {name} ({type(module).__name__}), which is not known to be exact"
+    return None
+
+
+def _refusal(model: RewardModel, problem: str) -> ConfigError:
+    return ConfigError(
+        f"deterministic=True: {type(model.inner).__name__} {problem}. Leave it out: "
+        "`info['bound']` says how far a reward may move."
+    )
 
 
 @torch.inference_mode()
 def is_invariant(model: RewardModel) -> bool:
     """Whether sequences of a probe have the same reward, to the bit, alone and together."""
-    sequences, groups = _probe(model.inner.config.get_text_config())
+    sequences, groups = _probe(model)
     together = model(pack(sequences, groups))
     alone = [model(row) for row in _rows_of_one(sequences, groups)]
     return torch.equal(together, torch.cat(alone))
@@ -107,9 +132,12 @@ def _rows_of_one(sequences: list[list[int]], groups: list[Group]) -> list[Packed
     ]
 
 
-def _probe(config: Any) -> tuple[list[list[int]], list[Group]]:
+def _probe(model: RewardModel) -> tuple[list[list[int]], list[Group]]:
     """Lengths on both sides of a tile and of a vector, from ids that are nobody's text."""
+    config: Any = model.inner.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    longest = min(most_tokens(model), positions)
 
     def ids(count: int) -> list[int]:
         return torch.randint(config.vocab_size, (count,), generator=generator).tolist()
@@ -117,10 +145,11 @@ def _probe(config: Any) -> tuple[list[list[int]], list[Group]]:
     sequences: list[list[int]] = []
     groups: list[Group] = []
     prompts = [ids(37), ids(150), []]
-    for prompt, lengths in zip(prompts, ([1, 5, 31, 64], [17, 130, 3], [9, 200]), strict=True):
-        members = range(len(sequences), len(sequences) + len(lengths))
-        sequences += [prompt + ids(length) for length in lengths]
-        if prompt:
+    for prompt, lengths in zip(prompts, ([1, 5, 31, 64], [17, 130, 3], [1, 9, 200]), strict=True):
+        some = [prompt + ids(length) for length in lengths if len(prompt) + length <= longest]
+        members = range(len(sequences), len(sequences) + len(some))
+        sequences += some
+        if prompt and some:
             groups.append(Group(len(prompt), tuple(members)))
         else:
             groups += [Group(0, (member,)) for member in members]

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.conversation import kind_of
 from raywards.errors import CheckpointError, ConversationError, NonFiniteError
-from raywards.invariance import make_invariant
+from raywards.invariance import make_invariant, most_tokens
 from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
 from raywards.model import RewardModel, settle_path
 from raywards.packing import Group, fill_batches, fill_rows, group_by_prefix, pack
@@ -67,8 +67,10 @@ class Scorer:
         """`weights` is a digest of them, for `info["revision"]`."""
         self._model = model.eval()
         settle_path(model)
+        exact = model.max_tokens
         if deterministic:
             make_invariant(model)
+            exact = most_tokens(model)
         self._deterministic = deterministic
         self._rendering = rendering
         self._manifest = manifest
@@ -80,9 +82,7 @@ class Scorer:
             _foreign_skip_id(source, self._config, rendering) if is_foreign_decoder else None
         )
         self.vocab_size: int = self._config.vocab_size
-        self.max_length = _max_length(
-            self._config, rendering.tokenizer, max_length, model.max_tokens
-        )
+        self.max_length = _max_length(self._config, rendering.tokenizer, max_length, exact)
         self.info = self._describe(source, weights)
 
     @classmethod

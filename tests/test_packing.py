@@ -477,7 +477,10 @@ def test_batches_keep_the_budget_with_their_padding_and_hold_every_sequence(
 
 def test_batches_use_the_budget_and_leave_an_oversized_sequence_alone() -> None:
     def members(of_sequences: list[int], **limits: int) -> list[list[int]]:
-        return [members_in_order(batch) for batch in fill_batches(dict(enumerate(of_sequences)), **limits)]
+        return [
+            members_in_order(batch)
+            for batch in fill_batches(dict(enumerate(of_sequences)), **limits)
+        ]
 
     assert members([4, 50, 4, 4], max_tokens=12, max_sequences=9) == [[1], [0, 2, 3]]
     assert members([4, 4, 4, 4], max_tokens=99, max_sequences=3) == [[0, 1, 2], [3]]

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CORPUS, chatml_tokenizer, llama_like_tokenizer, tiny_qwen2
+from tiny_models import draw_ids, tiny_classifier
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raywards import Scorer
@@ -489,3 +490,34 @@ def test_a_language_model_without_a_head_is_refused(tmp_path: Path) -> None:
     folder = tiny_qwen2(tmp_path / "lm", num_labels=None)
     with pytest.raises(ModelError, match="has no reward head"):
         Scorer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_a_sequence_beyond_the_window_is_planned_apart_and_keeps_its_reward(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_qwen2(tmp_path / "rm")
+    inner = tiny_classifier("Mistral", scale=3.0, vocab_size=400, sliding_window=40)
+    inner.save_pretrained(folder)
+    scorer = Scorer.from_pretrained(folder, device="cpu")
+    assert scorer.info["path"] == "packed"
+    ids = draw_ids(12, 90, 40, 41, 7, 60, 30)
+    long = {1, 3, 5}
+    plan = [
+        {member for group in groups for member in group.members}
+        for groups in scorer._plan(ids, [len(one) for one in ids])
+    ]
+    assert sorted(map(sorted, plan)) == [[0, 2, 4, 6], sorted(long)]
+    together = scorer.score_ids(ids)
+    bound = 1e-5 * max(1.0, spread(together))
+    assert largest(together, [scorer.score_ids([one])[0] for one in ids]) <= bound
+    with torch.inference_mode():
+        theirs = [inner(input_ids=torch.tensor([one])).logits.item() for one in ids]
+        inner.config.sliding_window = None
+        uncut = [inner(input_ids=torch.tensor([one])).logits.item() for one in ids]
+    assert largest(together, theirs) <= bound
+    moved = {i for i, (one, other) in enumerate(zip(theirs, uncut, strict=True)) if one != other}
+    assert moved >= long, "the window cuts nothing"
+    assert largest(theirs, uncut) > 0.01

@@ -50,9 +50,11 @@ class Rows:
             )
         costs: Sequence[int] | dict[int, int] = table.tokens
         if math.isfinite(self.window):
-            alone = self.max_tokens + 1
-            lengths = table.lengths
-            costs = {i: alone if lengths[i] > self.window else costs[i] for i in indices}
+            alone, lengths = self.max_tokens + 1, table.lengths
+            costs = {
+                i: max(table.tokens[i], alone) if lengths[i] > self.window else table.tokens[i]
+                for i in indices
+            }
         return deal(indices, costs, num_ranks=num_ranks, max_tokens=self.max_tokens)
 
 

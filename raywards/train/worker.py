@@ -167,6 +167,9 @@ def build_worker(job: Job, session: Session) -> Worker:
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
     )
     engine.keeps_zero3_visible = keeps_zero3_visible
+    if session.world_size == 1 and stage_of(settings) == 0:
+        # Else it copies all gradients into one tensor and back, to sum them over one process.
+        engine.enable_backward_allreduce = False
     if clipper is not None:
         optimizer.register_step_pre_hook(clipper)
     return Worker(
