@@ -134,6 +134,8 @@ def others(result: dict[str, Any]) -> list[float]:
 
 
 def ratio(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}x"
     return f"{statistics.median(values):.2f}x ({min(values):.2f}-{max(values):.2f})"
 
 
