@@ -188,7 +188,7 @@ def test_each_part_is_needed(left_out: type, monkeypatch: pytest.MonkeyPatch) ->
     kept = {old: new for old, new in invariance._INVARIANT.items() if new is not left_out}
     assert len(kept) < len(invariance._INVARIANT)
     monkeypatch.setattr(invariance, "_INVARIANT", kept)
-    with pytest.raises(ConfigError, match="still gives other bits|multiplies in"):
+    with pytest.raises(ConfigError, match=r"still gives other bits|multiplies in"):
         make_invariant(wrap("Qwen2", intermediate_size=203))  # no whole number of vectors
 
 
