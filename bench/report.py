@@ -117,11 +117,13 @@ def cell(side: str, found: dict[str, Any]) -> str:
 
 
 def footnote(results: list[dict[str, Any]]) -> str:
-    commands = "\n".join(f"    {result['machine']['command']}" for result in results)
+    commands = "\n".join(result["machine"]["command"] for result in results)
     places = {machine.in_words(result["machine"]) for result in results}
     taken = max(cores for result in results for cores in others(result))
     disturbed = f" Other processes took up to {taken:.1f} cores of it." if taken > 0.2 else ""
-    return f"Measured on {'; and on '.join(sorted(places))}.{disturbed}\n\n{commands}\n"
+    return (
+        f"Measured on {'; and on '.join(sorted(places))}.{disturbed}\n\n```text\n{commands}\n```\n"
+    )
 
 
 def others(result: dict[str, Any]) -> list[float]:

@@ -1,0 +1,64 @@
+"""The benchmarks run, on tiny models. What they print there means nothing; that they finish does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preferences_data import conversation_rows
+from tiny import tiny_qwen2
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *args: object, out: Path | None = None) -> dict[str, Any]:
+    """Run a benchmark on one thread, and return its results."""
+    written = ["--out", str(out)] if out else []
+    command = [sys.executable, f"bench/{script}", *map(str, args), *written]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(out.read_text()) if out else {}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in conversation_rows(48)) + "\n")
+    return file
+
+
+def test_the_core_is_measured_without_data(tmp_path: Path) -> None:
+    args = ["--geometry", "tiny", "--dtype", "float32", "--pairs", 16, "--batch", 4, "--repeat", 1]
+    found = run("core.py", *args, "--threads", 1, out=tmp_path / "core.json")
+    assert len(found["figures"]) == 6
+    assert all(side["pairs_per_second"] > 0 for side in found["figures"].values())
+
+
+def test_training_is_measured_beside_trl(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    model = tiny_qwen2(tmp_path / "model", num_labels=None)
+    args = ["--model", model, "--data", data, "--dtype", "float32", "--batch", 4, "--steps", 3]
+    args += ["--warmup-steps", 1, "--rounds", 1, "--losses", 3, "--threads", 1]
+    found = run("train_vs_trl.py", *args, out=tmp_path / "train.json")
+    assert found["speed"].keys() == {"default", "tuned"}
+    assert found["losses"]["largest_difference"] < 1e-5
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_scoring_is_measured_beside_transformers(data: Path, tmp_path: Path) -> None:
+    base, model = tiny_qwen2(tmp_path / "base", num_labels=None), tmp_path / "rm"
+    run("score.py", "--make-model", base, model)
+    sides = "scorer,scorer_deterministic,plain_random,plain_sorted"
+    args = ["--model", model, "--data", data, "--dtype", "float32", "--sides", sides]
+    args += ["--workload", "conversations,pairs", "--count", 16, "--rounds", 1, "--threads", 1]
+    found = run("score.py", *args, out=tmp_path / "score.json")
+    assert found["workloads"].keys() == {"conversations", "pairs"}
+    for work in found["workloads"].values():
+        assert all(side["agrees"] for side in work["sides"].values())
+    assert str(tmp_path) not in json.dumps(found)
