@@ -1,4 +1,4 @@
-"""The benchmarks run, on tiny models. What they print there means nothing; that they finish does."""
+"""The benchmarks run, on tiny models: their figures there mean nothing, that they finish does."""
 
 from __future__ import annotations
 
