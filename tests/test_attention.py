@@ -18,6 +18,8 @@ from raywards.attention import LAYOUT, NAME, UnsupportedAttention, attend
 from raywards.model import RewardModel
 from raywards.packing import Group, Layout, PackedRow, pack, pack_alone, pack_pairs
 
+pytestmark = pytest.mark.trains
+
 torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
 
 QKV = tuple[Tensor, Tensor, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ def run(script: str, *args: object, out: Path | None = None) -> dict[str, Any]:
     """Run a benchmark on one thread, and return its results."""
     written = ["--out", str(out)] if out else []
     command = [sys.executable, f"bench/{script}", *map(str, args), *written]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    # A test that trained in this process leaves these behind, and TRL would look for a peer.
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(out.read_text()) if out else {}
 

@@ -41,6 +41,8 @@ from raywards.errors import ModelError
 from raywards.model import PATHS, RewardModel, disable_dropout, settle_path
 from raywards.model import Path as RowPath
 
+pytestmark = pytest.mark.trains
+
 torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"

@@ -25,6 +25,8 @@ from raywards.invariance import (
 from raywards.model import RewardModel, settle_path
 from raywards.packing import Group, pack
 
+pytestmark = pytest.mark.trains
+
 WIDE = {
     "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
     "intermediate_size": 1536,

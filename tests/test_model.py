@@ -30,6 +30,8 @@ from raywards.model import (
 )
 from raywards.packing import Group, PackedRow, pack, pack_alone, pack_pairs, pooled_position
 
+pytestmark = pytest.mark.trains
+
 torch.set_num_threads(1)  # tensors this small: two threads would wait for each other
 
 VOCAB, PAD = 64, 1

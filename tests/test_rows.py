@@ -16,6 +16,8 @@ from raywards.packing import pack_alone
 from raywards.train import rows
 from raywards.train.rows import Fit, Rows, fit_rows, free_bytes, measure_bytes_per_token
 
+pytestmark = pytest.mark.trains
+
 CPU = torch.device("cpu")
 
 
