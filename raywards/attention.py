@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from raywards.errors import ModelError
 from raywards.packing import Layout, Segment
 
 NAME = "raywards"
@@ -36,7 +37,7 @@ class Stock:
     name: str
 
 
-class UnsupportedAttention(NotImplementedError):
+class UnsupportedAttention(ModelError):
     """The model asks its attention for something that is not computed here."""
 
 
