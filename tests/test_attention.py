@@ -543,12 +543,16 @@ def test_one_variable_length_call_shares_keys_as_grouped_queries_do(
     assert off(one_call(inputs, row.layout), naive(*inputs, row.layout, 8**-0.5)) <= 2e-6
 
 
+def layout_and_places(row: PackedRow, pooled: bool) -> tuple[Layout, Any]:
+    layout = row.layout.pooled if pooled else row.layout
+    assert layout is not None
+    return layout, places_of(layout)
+
+
 @each_row
 @pytest.mark.parametrize("pooled", [False, True])
 def test_places_hold_what_each_segment_sees(row: PackedRow, pooled: bool) -> None:
-    layout = row.layout.pooled if pooled else row.layout
-    assert layout is not None
-    places = places_of(layout)
+    layout, places = layout_and_places(row, pooled)
     queries = list(range(len(row.input_ids))) if places.asked is None else places.asked.tolist()
     assert (places.asked is None) == (not pooled)  # a whole row need not be gathered
     query_ends, key_ends = places.query_ends.tolist(), places.key_ends.tolist()
@@ -562,9 +566,7 @@ def test_places_hold_what_each_segment_sees(row: PackedRow, pooled: bool) -> Non
 @each_row
 @pytest.mark.parametrize("pooled", [False, True])
 def test_the_gather_is_an_index_select_forward_and_backward(row: PackedRow, pooled: bool) -> None:
-    layout = row.layout.pooled if pooled else row.layout
-    assert layout is not None
-    places = places_of(layout)
+    _layout, places = layout_and_places(row, pooled)
     generator = torch.Generator().manual_seed(2)
     source = torch.randn(len(row.input_ids), 2, 3, generator=generator).requires_grad_()
     ours = attention._Gather.apply(source, places)
@@ -579,9 +581,7 @@ def test_the_gather_is_an_index_select_forward_and_backward(row: PackedRow, pool
 @each_row
 @pytest.mark.parametrize("pooled", [False, True])
 def test_copies_list_every_place_of_every_token(row: PackedRow, pooled: bool) -> None:
-    layout = row.layout.pooled if pooled else row.layout
-    assert layout is not None
-    places = places_of(layout)
+    _layout, places = layout_and_places(row, pooled)
     seen = places.seen.tolist()
     expected = [[p for p, token in enumerate(seen) if token == t] for t in range(max(seen) + 1)]
     most = max(map(len, expected))
