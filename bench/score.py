@@ -193,6 +193,7 @@ def in_subprocess(args: argparse.Namespace, side: str, folder: Path) -> dict[str
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
     env = {
         "HF_HUB_OFFLINE": "1",
+        "THP_MEM_ALLOC_ENABLE": "1",  # to all sides: large tensors in large pages
         "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "VLLM_NO_USAGE_STATS": "1",

@@ -271,6 +271,7 @@ def in_subprocess(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     scripts = Path(sys.executable).parent  # has the ninja that builds DeepSpeed's op
     env = {
         "CUDA_VISIBLE_DEVICES": "0",  # TRL refuses to see several
+        "THP_MEM_ALLOC_ENABLE": "1",  # to all sides: large tensors in large pages
         **os.environ,
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": str(job["threads"]),

@@ -3,9 +3,8 @@
 Registered with transformers under `NAME`; the row's `Layout` travels as the keyword argument
 `LAYOUT` through the decoder. No mask is registered, so no T x T tensor is ever made.
 
-On CPUs each segment takes two flash calls, on its prefix and on itself, merged by log-sum-exp (the
-"cascade" of Hydragen, arXiv 2402.05099). On GPUs all segments take one variable-length call, with
-each branch's prefix keys gathered in front of its own.
+On CPUs each segment takes one flash call, on GPUs all take one variable-length call together. In
+both, the keys of a branch's prefix stand in front of its own.
 
 What a family does to its attention scores that is not done here (soft caps, sinks, biases, windows)
 raises `UnsupportedAttention`: a wrong reward looks like any other.
@@ -14,6 +13,7 @@ raises `UnsupportedAttention`: a wrong reward looks like any other.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, cast
@@ -83,7 +83,7 @@ def attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.device.type == "cpu":
-        return cast(Any, _Cascade).apply(query, key, value, layout, scale), None
+        return cast(Any, _BySegment).apply(query, key, value, layout, scale), None
     return _varlen(query, key, value, layout, scale), None
 
 
@@ -127,14 +127,14 @@ def _refuse_what_is_not_computed(
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Queries of a call with a mask: what bounds the mask.
+_MASKED_QUERIES = 128
 
 
-class _Cascade(torch.autograd.Function):
-    """Two flash calls a segment, merged.
+class _BySegment(torch.autograd.Function):
+    """One flash call a segment, on its prefix and itself.
 
-    The backward is written out: each piece is differentiated against the merged output and the
-    merged log-sum-exp, and the sums of that are exact. Autograd through the merge would be silently
-    wrong, because the kernel's own backward ignores the gradient of its log-sum-exp.
+    The backward is written out, so that gradients are summed in one tensor and in fp32.
     """
 
     @staticmethod
@@ -146,15 +146,18 @@ class _Cascade(torch.autograd.Function):
         out = query.new_zeros if sparse else query.new_empty
         output = out(1, tokens, heads, size).transpose(1, 2)
         lse = query.new_empty(1, heads, tokens, dtype=torch.float32)
-        for segment in layout.segments:
+        triangle = _triangle(layout, query.dtype)
+        for segment in _calls(layout):
             asked = slice(segment.query_start, segment.query_end)
-            pieces = [
-                _flash(
-                    query[:, :, asked], key[:, :, seen], value[:, :, seen], 0.0, causal, scale=scale
-                )
-                for seen, causal in _pieces(segment)
-            ]
-            output[:, :, asked], lse[:, :, asked] = _merge(*pieces)
+            output[:, :, asked], lse[:, :, asked] = _flash(
+                query[:, :, asked],
+                _seen(key, segment),
+                _seen(value, segment),
+                0.0,
+                _is_causal(segment),
+                attn_mask=_mask(triangle, segment),
+                scale=scale,
+            )
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scale = layout, scale
         return output.transpose(1, 2)
@@ -167,45 +170,80 @@ class _Cascade(torch.autograd.Function):
         query, key, value, output, lse = (tensor.float() for tensor in saved)
         grad_output = grads[0].float().transpose(1, 2)
         by_query, by_key, by_value = map(_zeros_by_token, (query, key, value))
-        for segment in ctx.layout.segments:
+        triangle = _triangle(ctx.layout, torch.float32)
+        for segment in _calls(ctx.layout):
             asked = slice(segment.query_start, segment.query_end)
-            for seen, causal in _pieces(segment):
-                of_query, of_key, of_value = _flash_backward(
-                    grad_output[:, :, asked],
-                    query[:, :, asked],
-                    key[:, :, seen],
-                    value[:, :, seen],
-                    output[:, :, asked],
-                    lse[:, :, asked],
-                    0.0,
-                    causal,
-                    scale=ctx.scale,
-                )
-                by_query[:, :, asked] += of_query
-                by_key[:, :, seen] += of_key
-                by_value[:, :, seen] += of_value
+            by_query[:, :, asked], of_keys, of_values = _flash_backward(
+                grad_output[:, :, asked],
+                query[:, :, asked],
+                _seen(key, segment),
+                _seen(value, segment),
+                output[:, :, asked],
+                lse[:, :, asked],
+                0.0,
+                _is_causal(segment),
+                attn_mask=_mask(triangle, segment),
+                scale=ctx.scale,
+            )
+            shared = segment.prefix_end - segment.prefix_start
+            prefix = slice(segment.prefix_start, segment.prefix_end)
+            own = slice(segment.own_start, segment.own_end)
+            for total, part in ((by_key, of_keys), (by_value, of_values)):
+                total[:, :, prefix] += part[:, :, :shared]
+                total[:, :, own] += part[:, :, shared:]
         dtype = saved[0].dtype
         return by_query.to(dtype), by_key.to(dtype), by_value.to(dtype), None, None
 
 
-def _pieces(segment: Segment) -> list[tuple[slice, bool]]:
-    """Keys of each flash call, and whether it is causal."""
-    alone = segment.query_end - segment.query_start == 1
-    own = (slice(segment.own_start, segment.own_end), not alone)
-    if segment.prefix_start == segment.prefix_end:
-        return [own]
-    return [own, (slice(segment.prefix_start, segment.prefix_end), False)]
+def _calls(layout: Layout) -> Iterator[Segment]:
+    """The segments, those cut that would need a large mask."""
+    for segment in layout.segments:
+        count = segment.query_end - segment.query_start
+        step = count if _is_causal(segment) else _MASKED_QUERIES
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            yield segment._replace(
+                query_start=segment.query_start + start,
+                query_end=segment.query_start + end,
+                own_end=segment.own_end - (count - end),
+            )
 
 
-def _merge(
-    own: tuple[Tensor, Tensor], prefix: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over both pieces' keys."""
-    if prefix is None:
-        return own
-    lse = torch.logaddexp(own[1], prefix[1])
-    weights = [(part_lse - lse).exp_()[..., None] for _, part_lse in (own, prefix)]
-    return own[0] * weights[0] + prefix[0] * weights[1], lse
+def _is_causal(segment: Segment) -> bool:
+    """Whether the kernel's own triangle says what the queries see: it has no keys before it."""
+    return 1 < segment.query_end - segment.query_start == segment.num_keys
+
+
+def _seen(source: Tensor, segment: Segment) -> Tensor:
+    """Keys or values [1, Hkv, K, D] of a segment."""
+    _, _, prefix_start, prefix_end, own_start, own_end = segment
+    if prefix_start == prefix_end:
+        return source[:, :, own_start:own_end]
+    if prefix_end == own_start:
+        return source[:, :, prefix_start:own_end]
+    return torch.cat([source[:, :, prefix_start:prefix_end], source[:, :, own_start:own_end]], 2)
+
+
+@lru_cache(maxsize=4)
+def _triangle(layout: Layout, dtype: torch.dtype) -> Tensor:
+    """What the masks of a layout's calls are cut from: 0 where a key is seen, -inf above that."""
+    sizes = [
+        (call.query_end - call.query_start, call.num_keys)
+        for call in _calls(layout)
+        if not _is_causal(call)
+    ]
+    rows = max((count for count, _ in sizes), default=0)
+    before = max((keys - count for count, keys in sizes), default=0)
+    return torch.full((rows, before + rows), float("-inf"), dtype=dtype).triu_(before + 1)
+
+
+def _mask(triangle: Tensor, segment: Segment) -> Tensor | None:
+    """[Q, K], causal and aligned at the end; None where the kernel's own will do."""
+    count = segment.query_end - segment.query_start
+    if count == 1 or _is_causal(segment):
+        return None
+    before = triangle.shape[1] - triangle.shape[0]  # columns that all rows see
+    return triangle[:count, before + count - segment.num_keys : before + count]
 
 
 def _zeros_by_token(like: Tensor) -> Tensor:

@@ -275,17 +275,20 @@ def _describe_export(
     bounds = {"float32": 1e-5 * max(1.0, spread)}
     plain = _plain_rewards(model, sequences)
     off = max(abs(a - b) for a, b in zip(rewards, plain, strict=True))
+    # What bf16 costs is measured against the same weights in fp32, also where they are bf16.
+    exact = rewards
+    if dtype != torch.float32:
+        exact = _rewards(model.to(torch.float32), sequences, splits)
     model.to(torch.bfloat16)
     alone = [
         _rewards(model, [ids], [split])[0] for ids, split in zip(sequences, splits, strict=True)
     ]
     together = _rewards(model, sequences, splits)
     stock = _plain_rewards(model, sequences)
-    reference = rewards if dtype == torch.float32 else alone
     worst = max(
         abs(value - right)
         for values in (alone, together, stock)
-        for value, right in zip(values, reference, strict=True)
+        for value, right in zip(values, exact, strict=True)
     )
     # Eight probes see less than the worst that a cluster will: leave as much again.
     bounds["bfloat16"] = 2 * worst + 1e-5 * max(1.0, spread)

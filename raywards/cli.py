@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from raywards.config import RewardConfig, ScoreConfig, ServeConfig, TrainJob
+from raywards.config import HUGE_PAGES, RewardConfig, ScoreConfig, ServeConfig, TrainJob
 from raywards.errors import ConfigError, RaywardsError, did_you_mean
 from raywards.settings import help_text, read_settings
 
@@ -38,6 +38,7 @@ def run(command: Callable[[list[str]], None], argv: Sequence[str]) -> int:
     """Run a command; one of our own errors becomes one screen on stderr and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("raywards").setLevel(logging.INFO)
+    os.environ.setdefault(HUGE_PAGES, "1")  # torch is not there yet
     try:
         command(list(argv))
     except RaywardsError as error:

@@ -103,7 +103,7 @@ def check(layout: Layout, inputs: QKV, *, bound: float = 1e-5) -> None:
         assert off(our, their) <= bound, name
 
 
-# ---------------------------------------------------------------- the CPU's cascade
+# ---------------------------------------------------------------- on CPUs
 
 
 @each_row
@@ -150,7 +150,7 @@ def test_any_row(case: Grouped) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_far_apart_neither_overflow_nor_vanish_in_the_merge(sign: int) -> None:
+def test_scores_far_apart_neither_overflow_nor_vanish(sign: int) -> None:
     """The prefix holds all of the weight, or none that fp32 could tell."""
     row = row_of((6, [5, 9]))
     query, key, value = (tensor.detach().clone() for tensor in draw(len(row.input_ids)))
@@ -207,34 +207,26 @@ def test_in_bf16_it_is_as_close_as_the_rounding_of_bf16(row: PackedRow) -> None:
         assert off(our, their) <= 4 * 2**-8
 
 
-def test_autograd_through_the_merge_would_be_wrong() -> None:
-    """Why the backward is written by hand: the kernel's own ignores its log-sum-exp."""
-    row = row_of((6, [5, 9]))
-    query, key, value = inputs = draw(len(row.input_ids))
-    scale = 8**-0.5
-    parts = []
-    for segment in row.layout.segments:
-        asked = slice(segment.query_start, segment.query_end)
-        pieces = [
-            attention._flash(
-                query[:, :, asked],
-                key[:, :, seen].repeat_interleave(2, 1),
-                value[:, :, seen].repeat_interleave(2, 1),
-                0.0,
-                causal,
-                scale=scale,
-            )
-            for seen, causal in attention._pieces(segment)
-        ]
-        parts.append(attention._merge(*pieces)[0])
-    merged = torch.cat(parts, dim=2).transpose(1, 2)
-    right = naive(*inputs, row.layout, scale)
-    assert off(merged, right) <= 2e-6, "the forward is right: only gradients tell"
-    wrong = [
-        off(a, b) for a, b in zip(gradients(merged, inputs), gradients(right, inputs), strict=True)
-    ]
-    assert max(wrong[:2]) > 0.05  # queries and keys: the weight of a piece is a constant to it
-    check(row.layout, inputs)
+@pytest.mark.parametrize("most", [1, 4, 7, 128])
+def test_a_branch_of_more_queries_than_a_mask_may_have_is_cut(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_MASKED_QUERIES", most)
+    attention._triangle.cache_clear()
+    masks: list[Tensor | None] = []
+    flash = attention._flash
+
+    def spy(*args: Any, attn_mask: Tensor | None, **kwargs: Any) -> Any:
+        masks.append(attn_mask)
+        return flash(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(attention, "_flash", spy)
+    row = row_of((6, [5, 9]), (0, [20]))
+    check(row.layout, draw(len(row.input_ids)))
+    assert max((mask.shape[0] for mask in masks if mask is not None), default=1) <= most
+    # A prefix and a lone sequence are causal to the kernel: one call each, whatever their length.
+    assert len(masks) == 2 + -(-5 // most) + -(-9 // most)
+    attention._triangle.cache_clear()
 
 
 def test_an_identical_pair_counts_twice_in_the_gradient() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from preferences_data import conversation_rows
 from tiny import tiny_qwen2
 
 from raywards.cli import main
+from raywards.train import cluster
 
 TRAIN = ["train", "--model_name_or_path", "M", "--dataset_name", "D"]
 
@@ -40,6 +42,18 @@ def test_a_wrong_command_is_answered_in_one_screen(
     assert expected in told.err
     assert len(told.err.splitlines()) <= 20
     assert "Traceback" not in told.err
+
+
+def test_large_pages_are_asked_for_unless_somebody_said_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, expected in ((None, "1"), ("0", "0")):
+        if said is None:
+            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+        else:
+            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", said)
+        worker = cluster._environment(cpus=1, use_gpu=False)
+        assert worker["THP_MEM_ALLOC_ENABLE"] == expected
+        main(["score", "--help"])
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
 
 
 @pytest.mark.parametrize("command", ["train", "serve", "score"])

@@ -364,7 +364,7 @@ def test_leaving_out_what_nothing_reads_changes_no_reward_and_no_gradient(family
 @torch.inference_mode()
 def test_in_the_last_layer_only_pooled_positions_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    compute = attention._Cascade.apply
+    compute = attention._BySegment.apply
 
     class Spy:
         @staticmethod
@@ -372,7 +372,7 @@ def test_in_the_last_layer_only_pooled_positions_ask(monkeypatch: pytest.MonkeyP
             asked.append(args[3])
             return compute(*args)
 
-    monkeypatch.setattr(attention, "_Cascade", Spy)
+    monkeypatch.setattr(attention, "_BySegment", Spy)
     wrap("qwen2")(ROW)
     assert asked == [ROW.layout, ROW.layout.pooled]
 
@@ -608,15 +608,15 @@ def test_a_path_that_is_not_taken_is_told_of(
 def test_attention_that_is_wrong_is_found_out(
     error: float | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    merge = attention._merge
+    flash = attention._flash
 
-    def wrong(*pieces: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def wrong(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if error is None:
             raise RuntimeError("no such kernel")
-        output, lse = merge(*pieces)
-        return (output if len(pieces) == 1 else output * (1 + error)), lse
+        output, lse = flash(*args, **kwargs)
+        return (output if kwargs["attn_mask"] is None else output * (1 + error)), lse
 
-    monkeypatch.setattr(attention, "_merge", wrong)
+    monkeypatch.setattr(attention, "_flash", wrong)
     model = wrap("qwen2")
     with caplog.at_level(logging.WARNING, logger="raywards"):
         settle_path(model)

@@ -14,6 +14,7 @@ import hmac
 import json
 import logging
 import math
+import os
 import re
 import signal
 import threading
@@ -32,7 +33,7 @@ from starlette.requests import ClientDisconnect
 
 from raywards import errors
 from raywards.client import RewardClient
-from raywards.config import ServeConfig
+from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
     ConfigError,
     DeadlineError,
@@ -111,7 +112,11 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
             "metrics_interval_s": config.metrics_interval_s,
             "look_back_period_s": config.look_back_period_s,
         },
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "runtime_env": {"env_vars": {HUGE_PAGES: os.environ.get(HUGE_PAGES, "1")}},
+        },
         # A dead replica is noticed, and replaced, at the next check. The default is 10.
         health_check_period_s=3.0,
         graceful_shutdown_timeout_s=config.request_timeout_s + 5,

@@ -7,6 +7,7 @@ meet again, no.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import traceback
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from raywards.config import HUGE_PAGES
 from raywards.errors import ConfigError, RaywardsError, TrainingError
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
@@ -93,7 +95,10 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
 def _environment(cpus: int, use_gpu: bool) -> dict[str, str]:
     """Environment of a worker. Without a GPU of its own it must not see any: DeepSpeed would take
     the first, and Ray no longer hides GPUs from actors that asked for none."""
-    environment = {"OMP_NUM_THREADS": str(max(1, cpus))}
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, cpus)),
+        HUGE_PAGES: os.environ.get(HUGE_PAGES, "1"),
+    }
     if not use_gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     return environment
