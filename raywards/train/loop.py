@@ -21,8 +21,9 @@ from raywards import loss
 from raywards.config import RewardConfig
 from raywards.errors import NonFiniteError
 from raywards.metrics import PairMetrics
-from raywards.model import RewardModel, settle_path
+from raywards.model import RewardModel
 from raywards.packing import PackedRow, pack_pairs
+from raywards.settle import settle_path
 from raywards.train.prepare import PairTable
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
