@@ -98,7 +98,8 @@ class Core:
         import torch
         from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-        from raywards.model import RewardModel, settle_path
+        from raywards.model import RewardModel
+        from raywards.settle import settle_path
 
         torch.manual_seed(0)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

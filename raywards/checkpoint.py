@@ -27,9 +27,10 @@ from transformers import AutoModelForSequenceClassification
 
 from raywards.errors import CheckpointError
 from raywards.loader import create_model_from_path, load_tokenizer
-from raywards.model import RewardModel, settle_path, stock_forward
+from raywards.model import RewardModel, stock_forward
 from raywards.packing import group_by_prefix, pack, pack_alone
 from raywards.rendering import Rendering
+from raywards.settle import settle_path
 
 logger = logging.getLogger(__name__)
 

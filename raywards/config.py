@@ -125,6 +125,8 @@ class RewardConfig:
     """Set every dropout probability to zero before training."""
     center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = None
     """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the labels taken to be the wrong way round, as in TRL's DPOConfig; 0.1 is usual."""
 
     # ---- data (TRL, and what TRL lacks)
     max_length: Positive | None = 1024

@@ -25,23 +25,34 @@ class PairMetrics:
         self._extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=self.device)
         self._not_finite = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-    def add(self, losses: Tensor, chosen: Tensor, rejected: Tensor, num_tokens: Tensor) -> None:
-        """Count P pairs: `losses`, `chosen`, `rejected` are [P]; `num_tokens` counts both sides."""
+    def add(
+        self,
+        losses: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        probability: Tensor,
+        num_tokens: int,
+    ) -> None:
+        """Count P pairs: all but `num_tokens`, which counts both sides, are [P].
+
+        Accuracy is the share of judges that agree, of whom `probability` prefer chosen.
+        """
         if losses.numel() == 0:
             return
-        losses, chosen, rejected = (x.detach().double() for x in (losses, chosen, rejected))
+        given = (losses, chosen, rejected, probability)
+        losses, chosen, rejected, probability = (x.detach().double() for x in given)
         ties = (chosen == rejected).double()
-        wins = (chosen > rejected).double()
+        agree = torch.where(chosen > rejected, probability, 1 - probability)
         rewards = torch.cat([chosen, rejected])
         self._sums += torch.stack(
             [
                 torch.ones_like(losses).sum(),
                 losses.sum(),
-                (wins + 0.5 * ties).sum(),
+                torch.where(chosen == rejected, 0.5, agree).sum(),
                 ties.sum(),
                 (chosen - rejected).sum(),
                 rewards.sum(),
-                num_tokens.double(),
+                losses.new_tensor(num_tokens),
             ]
         )
         extremes = torch.stack([-rewards.min(), rewards.max()])

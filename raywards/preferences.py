@@ -1,6 +1,6 @@
 """Preference rows to validated pairs: every format that TRL's RewardTrainer reads, row by row.
 
-    row ─encode_row─► Pair(chosen_ids, rejected_ids, margin)
+    row ─encode_row─► Pair(chosen_ids, rejected_ids, margin, probability)
 
 | a row has | it is |
 |---|---|
@@ -9,6 +9,7 @@
 | `prompt` besides, of the same kind | put in front of both |
 | `chosen_ids`, `rejected_ids` | already tokenised: taken as they are |
 | `margin` | how much better chosen is; subtracted in the loss |
+| `probability` | how probable it is that chosen is the better one; a half is a tie |
 | `tools`, `chat_template_kwargs` | handed to the chat template (conversational rows) |
 
 The kind is decided for each row, so a file may mix them. A value of None counts as absent, because
@@ -22,7 +23,7 @@ import json
 import math
 import numbers
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeAlias
@@ -52,17 +53,26 @@ REASONS: dict[str, str] = {
     "bad_kwargs": "chat_template_kwargs is not a mapping of template variables",
     "bad_margin": "margin is not a finite number",
     "missing_margin": "margin is missing, and other rows have one",
+    "bad_probability": "probability is not a number from 0 to 1",
+    "missing_probability": "probability is missing, and other rows have one",
     "bad_ids": "token ids are not integers from the tokenizer's vocabulary",
+}
+
+# Columns of numbers: least, most, what is expected, and what changes nothing.
+NUMBERS = {
+    "margin": (-math.inf, math.inf, "a finite number, such as 0.5", 0),
+    "probability": (0.0, 1.0, "a number from 0 to 1, such as 0.8", 1),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two sequences, and how much better the first is (None where nobody says)."""
+    """Two sequences, and how much and how surely the first is better (None where nobody says)."""
 
     chosen_ids: list[int]
     rejected_ids: list[int]
-    margin: float | None
+    margin: float | None = None
+    probability: float | None = None
 
 
 def encode_row(
@@ -72,16 +82,16 @@ def encode_row(
     *,
     max_length: int | None,
     truncation: PairTruncation,
-    margin_required: bool = False,
+    required: Collection[str] = (),
 ) -> Pair:
     """Validate one row and tokenise it.
 
-    `max_length` is in tokens, for each of the two sequences. `margin_required` says that other rows
-    have a margin (`RowSet.has_margin`). Raises `RowError`.
+    `max_length` is in tokens, for each of the two sequences. `required` names those of `NUMBERS`
+    that other rows have (`RowSet.has`). Raises `RowError`.
     """
     if not isinstance(row, Mapping):
         refuse_row(where, "row", "not_object", f"is {show(row)}", "a mapping of columns to values")
-    margin = _margin(row, where, margin_required)
+    numbers_given = {name: _number(row, where, name, name in required) for name in NUMBERS}
     ids = _given_ids(row, where, rendering) or _rendered_ids(row, where, rendering)
     chosen, rejected = ids
     if chosen == rejected:
@@ -95,7 +105,7 @@ def encode_row(
         )
     if max_length is not None and max(len(chosen), len(rejected)) > max_length:
         chosen, rejected = _shortened(ids, where, max_length, truncation)
-    return Pair(chosen, rejected, margin)
+    return Pair(chosen, rejected, **numbers_given)
 
 
 def _shortened(
@@ -127,23 +137,23 @@ def _shortened(
     return chosen, rejected
 
 
-def _margin(row: Row, where: RowRef, required: bool) -> float | None:
-    margin = row.get("margin")
-    expected = "a finite number, such as 0.5"
-    if margin is None:
+def _number(row: Row, where: RowRef, name: str, required: bool) -> float | None:
+    low, high, expected, neutral = NUMBERS[name]
+    given = row.get(name)
+    if given is None:
         if required:
-            todo = "give every row a margin (0 changes nothing), or remove the column"
+            todo = f"give every row a {name} ({neutral} changes nothing), or remove the column"
             seen = "is missing or None, but other rows have one"
-            refuse_row(where, "margin", "missing_margin", seen, expected, todo)
+            refuse_row(where, name, f"missing_{name}", seen, expected, todo)
         return None
-    if isinstance(margin, bool) or not isinstance(margin, numbers.Real):
-        refuse_row(where, "margin", "bad_margin", f"is {show(margin)}", expected)
+    if isinstance(given, bool) or not isinstance(given, numbers.Real):
+        refuse_row(where, name, f"bad_{name}", f"is {show(given)}", expected)
     try:
-        value = float(margin)
+        value = float(given)
     except OverflowError:
         value = math.inf
-    if not math.isfinite(value):
-        refuse_row(where, "margin", "bad_margin", f"is {value}", expected)
+    if not (math.isfinite(value) and low <= value <= high):
+        refuse_row(where, name, f"bad_{name}", f"is {value:g}", expected)
     return value
 
 

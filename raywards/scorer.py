@@ -22,9 +22,10 @@ from raywards.conversation import kind_of
 from raywards.errors import CheckpointError, ConversationError, NonFiniteError
 from raywards.invariance import make_invariant, most_tokens
 from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
-from raywards.model import RewardModel, settle_path
+from raywards.model import RewardModel
 from raywards.packing import Group, fill_batches, fill_rows, group_by_prefix, pack
 from raywards.rendering import ControlTokens, Rendering, truncate
+from raywards.settle import settle_path
 
 logger = logging.getLogger(__name__)
 

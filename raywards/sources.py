@@ -55,14 +55,14 @@ class RowSet:
     def where(self, row: int) -> RowRef:
         return RowRef(self.name, row, None if self.lines is None else self.lines[row])
 
-    def has_margin(self) -> bool:
-        """Whether some row has a margin: then each row needs one. Reads no other column."""
+    def has(self, column: str) -> bool:
+        """Whether some row has a value there. Reads no other column."""
         if isinstance(self.rows, list):
-            return any(row.get("margin") is not None for row in self.rows)
+            return any(row.get(column) is not None for row in self.rows)
         dataset: Any = self.rows
-        if "margin" not in dataset.column_names:
+        if column not in dataset.column_names:
             return False
-        return any(row["margin"] is not None for row in dataset.select_columns(["margin"]))
+        return any(row[column] is not None for row in dataset.select_columns([column]))
 
 
 def read_rows(

@@ -74,7 +74,9 @@ REFUSED: dict[str, Refused] = {
     "include_for_metrics": Refused("Evaluation keeps sums, not predictions.", ([],)),
     "include_num_input_tokens_seen": Refused("`num_tokens` is always logged.", ("no", False)),
     "label_names": Refused("Preference rows have no labels.", (None, [])),
-    "label_smoothing_factor": Refused(_NOT_YET, (0, 0.0)),
+    "label_smoothing_factor": Refused(
+        "Use `label_smoothing`: a factor spreads over both classes, so 0.2 is 0.1 there.", (0, 0.0)
+    ),
     "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
     "liger_kernel_config": Refused(_NOT_YET, (None,)),
     "load_best_model_at_end": Refused("Keeping the best checkpoint is not built yet.", (False,)),

@@ -36,8 +36,9 @@ if __name__ == "__main__":
 
 from raywards import families
 from raywards.errors import ModelError
-from raywards.model import RewardModel, settle_path
+from raywards.model import RewardModel
 from raywards.packing import Group, PackedRow, pack
+from raywards.settle import settle_path
 
 FAMILIES = sorted(CLASS_NAMES)
 VOCAB, PAD, EOS = 96, 1, 2

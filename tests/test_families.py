@@ -38,8 +38,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPI
 
 from raywards import attention, families
 from raywards.errors import ModelError
-from raywards.model import PATHS, RewardModel, disable_dropout, settle_path
+from raywards.model import PATHS, RewardModel, disable_dropout
 from raywards.model import Path as RowPath
+from raywards.settle import settle_path
 
 pytestmark = pytest.mark.trains
 

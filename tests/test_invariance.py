@@ -22,8 +22,9 @@ from raywards.invariance import (
     is_invariant,
     make_invariant,
 )
-from raywards.model import RewardModel, settle_path
+from raywards.model import RewardModel
 from raywards.packing import Group, pack
+from raywards.settle import settle_path
 
 pytestmark = pytest.mark.trains
 

@@ -27,7 +27,8 @@ LAYERS = [
     ["rendering", "attention"],
     ["preferences", "loader", "loss", "metrics"],
     ["model"],
-    ["invariance", "checkpoint"],
+    ["settle", "invariance"],
+    ["checkpoint"],
     ["scorer"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog"),

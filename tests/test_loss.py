@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raywards.loss import bradley_terry, centering
+from raywards.loss import bradley_terry, centering, smoothed
 
 rewards = st.floats(-30, 30, width=32)
 
@@ -37,6 +37,62 @@ def test_the_loss_of_a_pair_is_the_value_worked_out_by_hand(
         None if margin is None else torch.tensor([margin]),
     )
     assert loss.tolist() == pytest.approx([expected], rel=1e-6, abs=1e-30)
+
+
+@pytest.mark.parametrize(
+    ("difference", "probability", "expected"),
+    [
+        (2.0, 1.0, math.log1p(math.exp(-2))),
+        (2.0, 0.0, math.log1p(math.exp(2))),
+        (2.0, 0.75, 0.75 * math.log1p(math.exp(-2)) + 0.25 * math.log1p(math.exp(2))),
+        (0.0, 0.5, math.log(2)),
+        (3.0, 0.5, math.log1p(math.exp(-3)) + 1.5),
+        (-200.0, 0.0, 0.0),
+        (-200.0, 0.25, 50.0),
+        (200.0, 0.25, 150.0),
+    ],
+)
+def test_with_a_probability_it_is_the_cross_entropy_worked_out_by_hand(
+    difference: float, probability: float, expected: float
+) -> None:
+    chosen, rejected = torch.tensor([difference]), torch.tensor([0.0])
+    loss = bradley_terry(chosen, rejected, None, torch.tensor([probability]))
+    assert loss.tolist() == pytest.approx([expected], rel=1e-6, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rewards, rewards, st.floats(-3, 3, width=32), st.floats(0, 1, width=32))
+def test_swapping_sides_margin_and_probability_changes_nothing(
+    a: float, b: float, margin: float, probability: float
+) -> None:
+    x, y, m, p = (torch.tensor([value]) for value in (a, b, margin, probability))
+    torch.testing.assert_close(
+        bradley_terry(x, y, m, p), bradley_terry(y, x, -m, 1 - p), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_the_loss_is_least_where_the_model_says_the_probability() -> None:
+    rewards = torch.tensor([math.log(4.0)], requires_grad=True)  # sigmoid is 0.8
+    bradley_terry(rewards, torch.zeros(1), None, torch.tensor([0.8])).sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.item() == pytest.approx(0, abs=1e-7)
+
+
+def test_a_sure_pair_has_the_bits_that_it_has_without_a_probability() -> None:
+    chosen, rejected = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    sure = bradley_terry(chosen, rejected, None, smoothed(torch.ones(64), 0.0))
+    assert torch.equal(sure, bradley_terry(chosen, rejected))
+
+
+def test_smoothing_is_that_of_trls_dpo() -> None:
+    chosen, rejected = torch.tensor([1.5, -0.5]), torch.tensor([0.5, 0.25])
+    ours = bradley_terry(chosen, rejected, None, smoothed(torch.ones(2), 0.1))
+    difference = chosen - rejected
+    # trl/trainer/dpo_trainer.py, loss type "sigmoid", with beta = 1
+    log_sigmoid = torch.nn.functional.logsigmoid
+    theirs = -log_sigmoid(difference) * (1 - 0.1) - log_sigmoid(-difference) * 0.1
+    torch.testing.assert_close(ours, theirs)
+    assert smoothed(torch.tensor([0.0, 0.5, 1.0]), 0.1).tolist() == pytest.approx([0.1, 0.5, 0.9])
 
 
 @settings(max_examples=60, deadline=None)

@@ -23,7 +23,8 @@ def fresh() -> PairMetrics:
 
 def add(metrics: PairMetrics, part: slice, num_tokens: int = 10) -> None:
     chosen, rejected = CHOSEN[part], REJECTED[part]
-    metrics.add(bradley_terry(chosen, rejected), chosen, rejected, torch.tensor(num_tokens))
+    sure = torch.ones_like(chosen)
+    metrics.add(bradley_terry(chosen, rejected), chosen, rejected, sure, num_tokens)
 
 
 def whole() -> dict[str, float]:
@@ -48,6 +49,14 @@ def test_the_values_are_those_worked_out_by_hand() -> None:
     }
 
 
+def test_accuracy_is_the_share_of_the_judges_that_agree() -> None:
+    metrics = fresh()
+    probability = torch.tensor([0.8, 0.8, 0.8, 0.5, 0.0])
+    metrics.add(bradley_terry(CHOSEN, REJECTED), CHOSEN, REJECTED, probability, 20)
+    # A win, a tie, a loss, a loss where the judges tie, a loss where all prefer the other.
+    assert metrics.compute()["accuracy"] == pytest.approx((0.8 + 0.5 + 0.2 + 0.5 + 1.0) / 5)
+
+
 def test_five_pairs_in_batches_of_four_and_one_weigh_the_same() -> None:
     metrics = fresh()
     add(metrics, slice(0, 4))
@@ -62,7 +71,7 @@ def test_one_win_of_five_is_a_fifth() -> None:
     chosen, rejected = torch.tensor([0.0, 0, 0, 0, 1]), torch.tensor([1.0, 1, 1, 1, 0])
     for part in (slice(0, 4), slice(4, 5)):
         c, r = chosen[part], rejected[part]
-        metrics.add(bradley_terry(c, r), c, r, torch.tensor(1))
+        metrics.add(bradley_terry(c, r), c, r, torch.ones_like(c), 1)
     assert metrics.compute()["accuracy"] == pytest.approx(0.2)  # TRL says 0.5
 
 
@@ -76,7 +85,7 @@ def test_extremes_are_those_of_all_rewards_not_means_over_batches() -> None:
 
 def test_swapping_the_sides_mirrors_the_values() -> None:
     metrics = fresh()
-    metrics.add(bradley_terry(REJECTED, CHOSEN), REJECTED, CHOSEN, torch.tensor(20))
+    metrics.add(bradley_terry(REJECTED, CHOSEN), REJECTED, CHOSEN, torch.ones(5), 20)
     there, back = whole(), metrics.compute()
     assert back["accuracy"] == pytest.approx(1 - there["accuracy"])
     assert back["margin"] == pytest.approx(-there["margin"])
@@ -105,7 +114,7 @@ def test_losses_that_are_not_finite_are_counted() -> None:
     metrics = fresh()
     chosen = torch.tensor([math.nan, 1.0, math.inf])
     rejected = torch.zeros(3)
-    metrics.add(torch.tensor([math.nan, 1.0, math.inf]), chosen, rejected, torch.tensor(3))
+    metrics.add(torch.tensor([math.nan, 1.0, math.inf]), chosen, rejected, torch.ones(3), 3)
     assert metrics.num_not_finite().item() == 2
     metrics.reset()
     assert metrics.num_not_finite().item() == 0

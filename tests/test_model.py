@@ -25,10 +25,10 @@ from raywards.model import (
     Float32Linear,
     RewardModel,
     disable_dropout,
-    settle_path,
     stock_forward,
 )
 from raywards.packing import Group, PackedRow, pack, pack_alone, pack_pairs, pooled_position
+from raywards.settle import settle_path
 
 pytestmark = pytest.mark.trains
 
@@ -597,7 +597,7 @@ def test_a_path_that_is_not_taken_is_told_of(
     with caplog.at_level(logging.WARNING, logger="raywards"):
         settle_path(model)
     assert model.path == FAMILIES[family][1]
-    records = [r.getMessage() for r in caplog.records if r.name == "raywards.model"]
+    records = [r.getMessage() for r in caplog.records if r.name == "raywards.settle"]
     assert len(records) == len(told)
     for message, words in zip(records, told, strict=True):
         assert words in message

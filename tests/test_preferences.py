@@ -96,7 +96,13 @@ def test_a_key_of_none_counts_as_absent() -> None:
 def test_a_margin_is_a_float_and_its_absence_is_none() -> None:
     assert encode(STANDARD).margin is None
     assert encode({**STANDARD, "margin": 2}).margin == 2.0
-    assert encode({**STANDARD, "margin": -0.5}, margin_required=True).margin == -0.5
+    assert encode({**STANDARD, "margin": -0.5}, required=["margin"]).margin == -0.5
+
+
+@pytest.mark.parametrize("value", [0, 0.25, 1, 1.0])
+def test_a_probability_is_from_0_to_1(value: float) -> None:
+    assert encode(STANDARD).probability is None
+    assert encode({**STANDARD, "probability": value}).probability == value
 
 
 def test_legacy_columns_work_and_warn_once() -> None:
@@ -224,7 +230,38 @@ BAD_ROWS: dict[str, tuple[Any, ...]] = {
         "margin",
         "missing_margin",
         "other rows have one",
-        {"margin_required": True},
+        {"required": ["margin"]},
+    ),
+    "probability above": (
+        {**STANDARD, "probability": 80},
+        "probability",
+        "bad_probability",
+        "is 80; expected a number from 0 to 1",
+    ),
+    "probability below": (
+        {**STANDARD, "probability": -0.1},
+        "probability",
+        "bad_probability",
+        "is -0.1",
+    ),
+    "probability NaN": (
+        {**STANDARD, "probability": float("nan")},
+        "probability",
+        "bad_probability",
+        "is nan",
+    ),
+    "probability text": (
+        {**STANDARD, "probability": "0.8"},
+        "probability",
+        "bad_probability",
+        "is str '0.8'",
+    ),
+    "probability None": (
+        {**STANDARD, "probability": None},
+        "probability",
+        "missing_probability",
+        "1 changes nothing",
+        {"required": ["probability"]},
     ),
     "ids of one": ({"chosen_ids": [5]}, "rejected_ids", "missing_field", "there is chosen_ids"),
     "ids empty": ({"chosen_ids": [], "rejected_ids": [5]}, "chosen_ids", "empty", "empty list"),
@@ -352,14 +389,15 @@ def test_each_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
     assert several.name == "dataset[2]['test']"
 
 
-def test_a_margin_is_required_where_some_row_has_one(tmp_path: Path) -> None:
-    rows = [{**STANDARD, "margin": None}, {**STANDARD, "margin": 1.0}]
+@pytest.mark.parametrize("name", ["margin", "probability"])
+def test_a_number_is_required_where_some_row_has_one(name: str, tmp_path: Path) -> None:
+    rows = [{**STANDARD, name: None}, {**STANDARD, name: 1.0}]
     sources = [datasets.Dataset.from_list(rows), write_lines(tmp_path / "a.jsonl", rows)]
-    assert [found.has_margin() for found in read_rows(sources)] == [True, True]
-    empty = [{**STANDARD, "margin": None}]
+    assert [found.has(name) for found in read_rows(sources)] == [True, True]
+    empty = [{**STANDARD, name: None}]
     sources = [datasets.Dataset.from_list(empty), write_lines(tmp_path / "b.jsonl", empty)]
     sources.append(datasets.Dataset.from_list([STANDARD]))
-    assert [found.has_margin() for found in read_rows(sources)] == [False] * 3
+    assert [found.has(name) for found in read_rows(sources)] == [False] * 3
 
 
 BAD_FILES: dict[str, tuple[bytes, int, int | None, str, str]] = {

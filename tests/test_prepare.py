@@ -86,7 +86,7 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     assert len(list(prepared.folder.glob("pairs-*.arrow"))) == 5
     assert (prepared.num_rows, prepared.num_pairs, prepared.dropped) == (30, 30, {})
     assert prepared.conversational == (make is chat_rows)
-    assert not prepared.has_margin
+    assert prepared.numbers == []
     expected = encoded(rows, rendering)
     assert read_back(prepared) == expected
     table = PairTable(prepared.folder)
@@ -103,11 +103,12 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     assert [path.name for path in tmp_path.iterdir()] == [prepared.folder.name]
 
 
-def test_margins_are_kept(tmp_path: Path, rendering: Rendering) -> None:
-    rows = [{**row, "margin": i / 4} for i, row in enumerate(text_rows(4))]
+@pytest.mark.parametrize("name", ["margin", "probability"])
+def test_numbers_are_kept(name: str, tmp_path: Path, rendering: Rendering) -> None:
+    rows = [{**row, name: i / 4} for i, row in enumerate(text_rows(4))]
     prepared = prepare(write(tmp_path / "m.jsonl", rows), rendering, SETTINGS, tmp_path, name="t")
-    assert prepared.has_margin
-    assert PairTable(prepared.folder).take([3, 1])["margin"] == [0.75, 0.25]
+    assert prepared.numbers == [name]
+    assert PairTable(prepared.folder).take([3, 1])[name] == [0.75, 0.25]
 
 
 def test_rows_left_out_are_counted_by_reason(tmp_path: Path, rendering: Rendering) -> None:

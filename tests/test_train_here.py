@@ -63,8 +63,8 @@ def run(
     return trainer
 
 
-def losses(trainer: Any) -> list[float]:
-    return [record["loss"] for record in trainer.state.log_history if "loss" in record]
+def losses(trainer: Any, name: str = "loss") -> list[float]:
+    return [record[name] for record in trainer.state.log_history if "loss" in record]
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
@@ -108,6 +108,28 @@ def test_losses_and_metrics_are_those_of_trl(model: Path, tmp_path: Path) -> Non
             assert our[name] == pytest.approx(their[name], abs=1e-5, rel=1e-5), name
         assert our["accuracy"] == their["accuracy"]
         assert our["num_tokens"] == their["num_tokens"]
+
+
+def test_a_swapped_pair_of_the_other_probability_trains_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    there = [{**row, "probability": (1.0, 0.75, 0.5, 0.125)[i % 4]} for i, row in enumerate(ROWS)]
+    back = [
+        {"chosen": r["rejected"], "rejected": r["chosen"], "probability": 1 - r["probability"]}
+        for r in there
+    ]
+    one, other = run(model, tmp_path / "there", there), run(model, tmp_path / "back", back)
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    assert losses(one, "accuracy") == losses(other, "accuracy")
+    sure = run(model, tmp_path / "sure", ROWS)
+    assert losses(one) != pytest.approx(losses(sure), rel=1e-2), "it was not used"
+
+
+def test_smoothed_labels_are_pairs_of_a_probability(model: Path, tmp_path: Path) -> None:
+    rows = [{**row, "probability": 0.875} for row in ROWS]
+    one = run(model, tmp_path / "column", rows)
+    other = run(model, tmp_path / "setting", ROWS, label_smoothing=0.125)
+    assert losses(one) == pytest.approx(losses(other), rel=1e-6)
 
 
 @pytest.fixture

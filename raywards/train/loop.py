@@ -21,8 +21,9 @@ from raywards import loss
 from raywards.config import RewardConfig
 from raywards.errors import NonFiniteError
 from raywards.metrics import PairMetrics
-from raywards.model import RewardModel, settle_path
+from raywards.model import RewardModel
 from raywards.packing import PackedRow, pack_pairs
+from raywards.settle import settle_path
 from raywards.train.prepare import PairTable
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
@@ -104,18 +105,30 @@ def losses_of(
     pairs = table.take(list(indices)) if indices else _NOTHING
     row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
     chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
-    # Sources with and without margins may be mixed: no margin is a margin of zero.
-    margin = torch.tensor([value or 0.0 for value in pairs["margin"]], device=device)
-    losses = loss.bradley_terry(chosen, rejected, margin)
+    # Sources with and without them may be mixed.
+    margin = _or_else(pairs["margin"], 0.0, device)
+    probability = _or_else(pairs["probability"], 1.0, device)
+    believed = loss.smoothed(probability, config.label_smoothing)
+    losses = loss.bradley_terry(chosen, rejected, margin, believed)
     if config.center_rewards_coefficient is not None:
         losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
     if indices:
         num_tokens = sum(map(len, pairs["chosen_ids"] + pairs["rejected_ids"]))
-        metrics.add(losses, chosen, rejected, torch.tensor(num_tokens, device=device))
+        metrics.add(losses, chosen, rejected, probability, num_tokens)
     return losses
 
 
-_NOTHING: dict[str, list[Any]] = {"chosen_ids": [[0]], "rejected_ids": [[0]], "margin": [None]}
+def _or_else(values: list[float | None], otherwise: float, device: torch.device) -> Tensor:
+    filled = [otherwise if value is None else value for value in values]
+    return torch.tensor(filled, dtype=torch.float32, device=device)
+
+
+_NOTHING: dict[str, list[Any]] = {
+    "chosen_ids": [[0]],
+    "rejected_ids": [[0]],
+    "margin": [None],
+    "probability": [None],
+}
 
 
 def stop_if_not_finite(worker: Worker, step: int) -> None:

@@ -28,13 +28,13 @@ from datasets.arrow_writer import ArrowWriter
 
 from raywards.errors import ConfigError, RowError, TrainingError
 from raywards.packing import common_prefix
-from raywards.preferences import REASONS, encode_row
+from raywards.preferences import NUMBERS, REASONS, encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef, RowSet, read_rows
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _ROWS_PER_SHARD = 50_000
 _ROWS_PER_CHUNK = 256
 _BAD_ROWS_SHOWN = 5
@@ -43,6 +43,7 @@ _FEATURES = datasets.Features(
         "chosen_ids": datasets.Sequence(datasets.Value("int32")),
         "rejected_ids": datasets.Sequence(datasets.Value("int32")),
         "margin": datasets.Value("float32"),
+        "probability": datasets.Value("float32"),
         "length": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
         "source": datasets.Value("string"),
@@ -71,7 +72,8 @@ class Prepared:
     dropped: dict[str, int]
     """Rows left out, by reason."""
     conversational: bool
-    has_margin: bool
+    numbers: list[str]
+    """Those of `NUMBERS` that some pair has."""
     last_ids: list[int]
     """Ids that end some sequence."""
 
@@ -99,7 +101,7 @@ class PairTable:
         return len(self.lengths)
 
     def take(self, indices: list[int]) -> dict[str, list[Any]]:
-        """Columns `chosen_ids`, `rejected_ids`, `margin` of the pairs at `indices`."""
+        """Columns `chosen_ids`, `rejected_ids` and `NUMBERS` of the pairs at `indices`."""
         columns: dict[str, list[Any]] = self._rows[indices]
         return columns
 
@@ -165,7 +167,8 @@ def _write_shards(
     dropped: collections.Counter[str] = collections.Counter()
     bad: list[RowError] = []
     last_ids: set[int] = set()
-    num_pairs = num_rows = num_conversational = num_margins = 0
+    num_pairs = num_rows = num_conversational = 0
+    numbers: set[str] = set()
     writer, shard = None, 0
     for pairs, errors in _encode(row_sets, rendering, settings, num_proc):
         num_rows += len(pairs) + len(errors)
@@ -183,7 +186,7 @@ def _write_shards(
             writer.write(pair)
             num_pairs += 1
             num_conversational += conversational
-            num_margins += pair["margin"] is not None
+            numbers.update(name for name in NUMBERS if pair[name] is not None)
             last_ids.update((pair["chosen_ids"][-1], pair["rejected_ids"][-1]))
             if num_pairs % _ROWS_PER_SHARD == 0:
                 writer.finalize()
@@ -197,7 +200,7 @@ def _write_shards(
         "num_pairs": num_pairs,
         "dropped": dict(dropped),
         "conversational": 2 * num_conversational > num_pairs,
-        "has_margin": num_margins > 0,
+        "numbers": sorted(numbers),
         "last_ids": sorted(last_ids),
     }
 
@@ -210,9 +213,9 @@ def _encode(
 ) -> Iterator[_Encoded]:
     """Encoded chunks in the order of the rows, from this process or from `num_proc` others."""
     work = (
-        (rendering, settings, refs, rows, margins)
+        (rendering, settings, refs, rows, required)
         for row_set in row_sets
-        for margins in [row_set.has_margin()]
+        for required in [[name for name in NUMBERS if row_set.has(name)]]
         for refs, rows in _chunks(row_set)
     )
     if num_proc <= 1:
@@ -234,7 +237,7 @@ def _encode_chunk(
     settings: EncodeSettings,
     refs: list[RowRef],
     rows: list[Mapping[str, Any]],
-    margin_required: bool,
+    required: list[str],
 ) -> _Encoded:
     pairs: list[tuple[dict[str, Any], bool]] = []
     errors: list[RowError] = []
@@ -246,7 +249,7 @@ def _encode_chunk(
                 rendering,
                 max_length=settings.max_length,
                 truncation=settings.truncation,
-                margin_required=margin_required,
+                required=required,
             )
         except RowError as error:
             errors.append(error)
@@ -255,6 +258,7 @@ def _encode_chunk(
             "chosen_ids": pair.chosen_ids,
             "rejected_ids": pair.rejected_ids,
             "margin": pair.margin,
+            "probability": pair.probability,
             "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
             "tokens": len(pair.chosen_ids)
             + len(pair.rejected_ids)

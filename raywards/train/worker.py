@@ -29,9 +29,10 @@ from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
 from raywards.loader import check_reward_model, create_model_from_path
 from raywards.metrics import PairMetrics
-from raywards.model import RewardModel, disable_dropout, settle_path
+from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
+from raywards.settle import settle_path
 from raywards.train.prepare import PairTable
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.session import Session
