@@ -113,7 +113,7 @@ def cell(side: str, found: dict[str, Any]) -> str:
     speed = statistics.median(found["sequences_per_second"])
     if side == "scorer":
         return f"**{speed:.1f}**"
-    return f"{speed:.1f} ({ratio(found['scorer_is_times_faster'])})"
+    return f"{speed:.1f}: {ratio(found['scorer_is_times_faster'])}"
 
 
 def footnote(results: list[dict[str, Any]]) -> str:

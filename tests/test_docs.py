@@ -113,7 +113,7 @@ def test_every_row_of_the_page_is_what_it_says(block: Block, rendering: Renderin
 def test_the_page_shows_every_column_and_a_prompt_changes_nothing(rendering: Rendering) -> None:
     rows = [json.loads(line) for block in blocks(DATA, "json") for line in block.text.splitlines()]
     columns = {
-        *("chosen", "rejected", "prompt", "margin", "tools", "chat_template_kwargs"),
+        *("chosen", "rejected", "prompt", "margin", "probability", "tools", "chat_template_kwargs"),
         *("chosen_ids", "rejected_ids"),
     }
     assert {column for row in rows for column in row} == columns

@@ -223,6 +223,7 @@ def test_the_light_modules_load_no_torch_ray_or_transformers(module: str) -> Non
     assert import_in_a_fresh_interpreter(module, without=sorted(HEAVY)) == ""
 
 
+@pytest.mark.trains
 def test_the_scorer_loads_no_ray_and_no_deepspeed() -> None:
     assert import_in_a_fresh_interpreter("raywards.scorer", without=["ray", "deepspeed"]) == ""
 

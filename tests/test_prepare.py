@@ -185,7 +185,7 @@ def test_a_file_full_of_bad_rows_is_one_screen(tmp_path: Path, rendering: Render
     assert len(str(caught.value).splitlines()) < 20
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("num_proc", [1, pytest.param(2, marks=pytest.mark.trains)])
 def test_no_pair_left_is_an_error_that_says_why(
     num_proc: int, tmp_path: Path, rendering: Rendering
 ) -> None:
