@@ -1,4 +1,4 @@
-"""Pair-weighted training metrics: sums on the device, one reduction over the ranks per log.
+"""Pair-weighted metrics of training: sums on the device, one reduction over the ranks per log.
 
 Names are TRL's. Values are those of the pairs since the last log, each pair counted once: TRL
 averages batch means, calls a tie a loss, and reports means of minima.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.distributed import ReduceOp
 from raywards import loss
 from raywards.config import RewardConfig
 from raywards.errors import NonFiniteError
-from raywards.metrics import PairMetrics
+from raywards.evaluation import HeldOut
 from raywards.model import RewardModel
 from raywards.packing import PackedRow, pack_pairs
 from raywards.settle import settle_path
@@ -87,21 +88,46 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
     for row in plan[session.rank]:
-        losses = losses_of(worker.engine, worker.pairs, row, config, worker.metrics)
+        judged = judge(worker.engine, worker.pairs, row, config, session.device)
+        if row:
+            worker.metrics.add(*judged.values, judged.num_tokens)
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
         weight = session.world_size / len(indices) if row else 0.0
-        worker.engine.backward(losses.sum() * weight, scale_wrt_gas=False)
+        worker.engine.backward(judged.losses.sum() * weight, scale_wrt_gas=False)
 
 
-def losses_of(
+@dataclass(frozen=True)
+class Judged:
+    """The pairs of a row and what the model makes of them; tensors are [P]."""
+
+    losses: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    probability: Tensor
+    pairs: dict[str, list[Any]]
+
+    @property
+    def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.losses, self.chosen, self.rejected, self.probability
+
+    @property
+    def lengths(self) -> list[tuple[int, int]]:
+        sides = zip(self.pairs["chosen_ids"], self.pairs["rejected_ids"], strict=True)
+        return [(len(chosen), len(rejected)) for chosen, rejected in sides]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(sum, self.lengths))
+
+
+def judge(
     model: Callable[[PackedRow], Tensor],
     table: PairTable,
     indices: Sequence[int],
     config: RewardConfig,
-    metrics: PairMetrics,
-) -> Tensor:
-    """Loss of each pair of a row [P], counted in `metrics`. An empty row is a made-up pair."""
-    device = metrics.device
+    device: torch.device,
+) -> Judged:
+    """Rewards and loss of each pair of a row. An empty row is a made-up pair."""
     pairs = table.take(list(indices)) if indices else _NOTHING
     row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
     chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
@@ -112,10 +138,7 @@ def losses_of(
     losses = loss.bradley_terry(chosen, rejected, margin, believed)
     if config.center_rewards_coefficient is not None:
         losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
-    if indices:
-        num_tokens = sum(map(len, pairs["chosen_ids"] + pairs["rejected_ids"]))
-        metrics.add(losses, chosen, rejected, probability, num_tokens)
-    return losses
+    return Judged(losses, chosen, rejected, probability, pairs)
 
 
 def _or_else(values: list[float | None], otherwise: float, device: torch.device) -> Tensor:
@@ -231,7 +254,7 @@ def evaluate(worker: Worker) -> None:
             worker.rows,
             PairTable(folder),
             worker.job.config,
-            PairMetrics(session.device),
+            session.device,
             rank=session.rank,
             num_ranks=session.world_size,
         )
@@ -249,8 +272,8 @@ def evaluate_alone(inner: Any, folder: Path, config: RewardConfig) -> dict[str, 
         settle_path(model)
         tokens = int(min(config.max_tokens_per_row or EVALUATION_TOKENS, model.most_tokens))
         rows = Rows(model.pads, tokens, model.window)
-        metrics = PairMetrics(next(model.parameters()).device)
-        return evaluate_table(model, rows, PairTable(folder), config, metrics, rank=0, num_ranks=1)
+        device = next(model.parameters()).device
+        return evaluate_table(model, rows, PairTable(folder), config, device, rank=0, num_ranks=1)
     finally:
         model.unwrap()
 
@@ -260,16 +283,19 @@ def evaluate_table(
     rows: Rows,
     table: PairTable,
     config: RewardConfig,
-    metrics: PairMetrics,
+    device: torch.device,
     *,
     rank: int,
     num_ranks: int,
 ) -> dict[str, float]:
-    """Metrics over all pairs of a table, dealt to the ranks."""
+    """Figures over all pairs of a table, dealt to the ranks."""
     started = time.monotonic()
+    held_out = HeldOut()
     for start in range(0, len(table), _EVALUATED_AT_ONCE):
         some = range(start, min(start + _EVALUATED_AT_ONCE, len(table)))
         plan = rows.plan(table, some, num_ranks, config.per_device_eval_batch_size)
         for row in plan[rank]:
-            losses_of(model, table, row, config, metrics)
-    return {**metrics.compute(), "runtime": time.monotonic() - started}
+            judged = judge(model, table, row, config, device)
+            if row:
+                held_out.add(*judged.values, judged.lengths, judged.pairs["source"])
+    return {**held_out.compute(), "runtime": time.monotonic() - started}
