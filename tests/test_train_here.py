@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -226,7 +227,9 @@ def test_evaluation_weighs_pairs_and_the_export_agrees(model: Path, tmp_path: Pa
             **settings(tmp_path / "run", eval_strategy="epoch", per_device_eval_batch_size=4)
         ),
         train_dataset=datasets.Dataset.from_list(ROWS),
-        eval_dataset={"kind": datasets.Dataset.from_list(held_out)},
+        eval_dataset={
+            "kind": [datasets.Dataset.from_list(rows) for rows in (held_out[:9], held_out[9:])]
+        },
     )
     result = trainer.train()
     evals = [r for r in trainer.state.log_history if "eval_kind_accuracy" in r]
@@ -234,8 +237,13 @@ def test_evaluation_weighs_pairs_and_the_export_agrees(model: Path, tmp_path: Pa
     scorer = Scorer.from_pretrained(tmp_path / "run" / "export")
     chosen = scorer.score([row["chosen"] for row in held_out])
     rejected = scorer.score([row["rejected"] for row in held_out])
-    accuracy = sum(c > r for c, r in zip(chosen, rejected, strict=True)) / 13
+    right = [c > r for c, r in zip(chosen, rejected, strict=True)]
+    accuracy = sum(right) / 13
     assert evals[-1]["eval_kind_accuracy"] == pytest.approx(accuracy)
+    by_source = {name: v for name, v in evals[-1].items() if "accuracy/" in name}
+    assert list(by_source.values()) == pytest.approx([sum(right[:9]) / 9, sum(right[9:]) / 4])
+    surprises = [math.log1p(math.exp(r - c)) for c, r in zip(chosen, rejected, strict=True)]
+    assert evals[-1]["eval_kind_log_loss"] == pytest.approx(sum(surprises) / 13, abs=1e-5)
     assert evals[-1]["eval_kind_num_pairs"] == 13
     assert result.metrics["eval_kind_accuracy"] == pytest.approx(accuracy)
     again = trainer.evaluate()
