@@ -326,7 +326,7 @@ def find(name: str) -> Finding:
         return Finding(name, "refused", reason)
     model = RewardModel(tiny_model(name))
     told = _Told()
-    logger = logging.getLogger("raywards.model")
+    logger = logging.getLogger("raywards.settle")
     logger.addHandler(told)
     try:
         settle_path(model)
@@ -430,7 +430,7 @@ def main() -> None:
     )
     file = parser.parse_args().write
     torch.set_num_threads(1)
-    logging.getLogger("raywards.model").propagate = False
+    logging.getLogger("raywards.settle").propagate = False
     file.write_text(table(), encoding="utf-8")
     print(file)
 
