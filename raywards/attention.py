@@ -3,8 +3,8 @@
 Registered with transformers under `NAME`; the row's `Layout` travels as the keyword argument
 `LAYOUT` through the decoder. No mask is registered, so no T x T tensor is ever made.
 
-On CPUs each segment takes one flash call, on GPUs all take one variable-length call together. In
-both, the keys of a branch's prefix stand in front of its own.
+On CPUs each segment takes a flash call (a long branch several), on GPUs all take one
+variable-length call together. In both, the keys of a branch's prefix stand in front of its own.
 
 What a family does to its attention scores that is not done here (soft caps, sinks, biases, windows)
 raises `UnsupportedAttention`: a wrong reward looks like any other.
@@ -127,12 +127,13 @@ def _refuse_what_is_not_computed(
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Queries of a call with a mask: what bounds the mask.
-_MASKED_QUERIES = 128
+# Most queries of a call with a mask. The kernel computes what the mask hides, too: fewer of it in
+# smaller calls, which are slower below this (one branch of 150 to 2000 tokens, measured).
+_MASKED_QUERIES = 256
 
 
 class _BySegment(torch.autograd.Function):
-    """One flash call a segment, on its prefix and itself.
+    """A flash call for each segment, on its prefix and itself.
 
     The backward is written out, so that gradients are summed in one tensor and in fp32.
     """
@@ -147,44 +148,51 @@ class _BySegment(torch.autograd.Function):
         output = out(1, tokens, heads, size).transpose(1, 2)
         lse = query.new_empty(1, heads, tokens, dtype=torch.float32)
         triangle = _triangle(layout, query.dtype)
-        for segment in _calls(layout):
-            asked = slice(segment.query_start, segment.query_end)
-            output[:, :, asked], lse[:, :, asked] = _flash(
-                query[:, :, asked],
-                _seen(key, segment),
-                _seen(value, segment),
-                0.0,
-                _is_causal(segment),
-                attn_mask=_mask(triangle, segment),
-                scale=scale,
-            )
+        for segment in layout.segments:
+            keys, values = _seen(key, segment), _seen(value, segment)
+            for call in _calls(segment):
+                asked = slice(call.query_start, call.query_end)
+                output[:, :, asked], lse[:, :, asked] = _flash(
+                    query[:, :, asked],
+                    keys[:, :, : call.num_keys],
+                    values[:, :, : call.num_keys],
+                    0.0,
+                    _is_causal(call),
+                    attn_mask=_mask(triangle, call),
+                    scale=scale,
+                )
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.layout, ctx.scale = layout, scale
         return output.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In fp32 also for bf16: up to some 250 queries the kernel's bf16 backward takes up to three
+        # In fp32 also for bf16: up to some 250 queries the kernel's bf16 backward takes up to four
         # times as long, and the sums over branches lose nothing.
         saved = ctx.saved_tensors  # once: under checkpointing a second look is an error
         query, key, value, output, lse = (tensor.float() for tensor in saved)
         grad_output = grads[0].float().transpose(1, 2)
         by_query, by_key, by_value = map(_zeros_by_token, (query, key, value))
         triangle = _triangle(ctx.layout, torch.float32)
-        for segment in _calls(ctx.layout):
-            asked = slice(segment.query_start, segment.query_end)
-            by_query[:, :, asked], of_keys, of_values = _flash_backward(
-                grad_output[:, :, asked],
-                query[:, :, asked],
-                _seen(key, segment),
-                _seen(value, segment),
-                output[:, :, asked],
-                lse[:, :, asked],
-                0.0,
-                _is_causal(segment),
-                attn_mask=_mask(triangle, segment),
-                scale=ctx.scale,
-            )
+        for segment in ctx.layout.segments:
+            keys, values = _seen(key, segment), _seen(value, segment)
+            of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for call in _calls(segment):
+                asked = slice(call.query_start, call.query_end)
+                by_query[:, :, asked], of_seen_keys, of_seen_values = _flash_backward(
+                    grad_output[:, :, asked],
+                    query[:, :, asked],
+                    keys[:, :, : call.num_keys],
+                    values[:, :, : call.num_keys],
+                    output[:, :, asked],
+                    lse[:, :, asked],
+                    0.0,
+                    _is_causal(call),
+                    attn_mask=_mask(triangle, call),
+                    scale=ctx.scale,
+                )
+                of_keys[:, :, : call.num_keys] += of_seen_keys
+                of_values[:, :, : call.num_keys] += of_seen_values
             shared = segment.prefix_end - segment.prefix_start
             prefix = slice(segment.prefix_start, segment.prefix_end)
             own = slice(segment.own_start, segment.own_end)
@@ -195,23 +203,22 @@ class _BySegment(torch.autograd.Function):
         return by_query.to(dtype), by_key.to(dtype), by_value.to(dtype), None, None
 
 
-def _calls(layout: Layout) -> Iterator[Segment]:
-    """The segments, those cut that would need a large mask."""
-    for segment in layout.segments:
-        count = segment.query_end - segment.query_start
-        step = count if _is_causal(segment) else _MASKED_QUERIES
-        for start in range(0, count, step):
-            end = min(start + step, count)
-            yield segment._replace(
-                query_start=segment.query_start + start,
-                query_end=segment.query_start + end,
-                own_end=segment.own_end - (count - end),
-            )
+def _calls(segment: Segment) -> Iterator[Segment]:
+    """A segment in as many calls as the size of a mask allows."""
+    count = segment.query_end - segment.query_start
+    step = count if _is_causal(segment) else _MASKED_QUERIES
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        yield segment._replace(
+            query_start=segment.query_start + start,
+            query_end=segment.query_start + end,
+            own_end=segment.own_end - (count - end),
+        )
 
 
 def _is_causal(segment: Segment) -> bool:
     """Whether the kernel's own triangle says what the queries see: it has no keys before it."""
-    return 1 < segment.query_end - segment.query_start == segment.num_keys
+    return segment.query_end - segment.query_start == segment.num_keys
 
 
 def _seen(source: Tensor, segment: Segment) -> Tensor:
@@ -229,7 +236,8 @@ def _triangle(layout: Layout, dtype: torch.dtype) -> Tensor:
     """What the masks of a layout's calls are cut from: 0 where a key is seen, -inf above that."""
     sizes = [
         (call.query_end - call.query_start, call.num_keys)
-        for call in _calls(layout)
+        for segment in layout.segments
+        for call in _calls(segment)
         if not _is_causal(call)
     ]
     rows = max((count for count, _ in sizes), default=0)
@@ -238,7 +246,8 @@ def _triangle(layout: Layout, dtype: torch.dtype) -> Tensor:
 
 
 def _mask(triangle: Tensor, segment: Segment) -> Tensor | None:
-    """[Q, K], causal and aligned at the end; None where the kernel's own will do."""
+    """[Q, K], causal and aligned at the end; None where the kernel does without: a last query sees
+    everything."""
     count = segment.query_end - segment.query_start
     if count == 1 or _is_causal(segment):
         return None

@@ -19,7 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -252,9 +252,6 @@ def _describe_export(
     dtype: torch.dtype,
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    inner = create_model_from_path(
-        str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
-    ).eval()
     # The tokenizer as it will be loaded: a class may rebuild itself otherwise than it was saved.
     reloaded = Rendering(load_tokenizer(str(folder)), control_tokens=rendering.control_tokens)
     if _probe_sequences(reloaded) != sequences:
@@ -264,36 +261,27 @@ def _describe_export(
             f"{type(reloaded.tokenizer).__name__} was loaded: pass that one as `processing_class`."
         )
     splits = [reloaded.split(ids) for ids in sequences]
-    model = RewardModel(inner).eval()
-    settle_path(model)
-    rewards = _rewards(model, sequences, splits)
-    if not all(map(math.isfinite, rewards)):
+    stored = _measure(folder, dtype, sequences, splits)
+    if not all(map(math.isfinite, stored.together)):
         raise CheckpointError(
-            f"{folder}: its rewards are not finite ({rewards}), so it is not kept: the weights "
-            "hold NaN or infinity, or overflow in this precision."
+            f"{folder}: its rewards are not finite ({stored.together}), so it is not kept: the "
+            "weights hold NaN or infinity, or overflow in this precision."
         )
-    spread = statistics.pstdev(rewards)
+    spread = statistics.pstdev(stored.together)
     bounds = {"float32": 1e-5 * max(1.0, spread)}
-    plain = _plain_rewards(model, sequences)
-    off = max(abs(a - b) for a, b in zip(rewards, plain, strict=True))
     # What bf16 costs is measured against the same weights in fp32, also where they are bf16.
-    exact = rewards
-    if dtype != torch.float32:
-        exact = _rewards(model.to(torch.float32), sequences, splits)
-    model.to(torch.bfloat16)
-    alone = [
-        _rewards(model, [ids], [split])[0] for ids, split in zip(sequences, splits, strict=True)
-    ]
-    together = _rewards(model, sequences, splits)
-    stock = _plain_rewards(model, sequences)
+    exact, coarse = (
+        stored if dtype == other else _measure(folder, other, sequences, splits)
+        for other in (torch.float32, torch.bfloat16)
+    )
     worst = max(
-        abs(value - right)
-        for values in (alone, together, stock)
-        for value, right in zip(values, exact, strict=True)
+        _furthest(values, exact.together)
+        for values in (coarse.alone, coarse.together, coarse.plain)
     )
     # Eight probes see less than the worst that a cluster will: leave as much again.
     bounds["bfloat16"] = 2 * worst + 1e-5 * max(1.0, spread)
     stored_in = str(dtype).removeprefix("torch.")
+    off = _furthest(stored.together, stored.plain)
     if not off <= bounds.get(stored_in, bounds["bfloat16"]):
         raise CheckpointError(
             f"{folder}: plain transformers gives rewards up to {off:.3g} from raywards' on the "
@@ -302,17 +290,49 @@ def _describe_export(
     return {
         "kind": "export",
         "dtype": stored_in,
-        "pad_token_id": inner.config.get_text_config().pad_token_id,
-        "pooling": "last_token" if model.pools_by_position else "classifier",
+        "pad_token_id": stored.pad_token_id,
+        "pooling": "last_token" if stored.pools_by_position else "classifier",
         "rendering": reloaded.describe(),
         "training": dict(training),
         "rewards": [
             {"input_ids": ids, "reward": reward}
-            for ids, reward in zip(sequences, rewards, strict=True)
+            for ids, reward in zip(sequences, stored.together, strict=True)
         ],
         "reward_sd": spread,
         "bounds": bounds,
     }
+
+
+class _Measured(NamedTuple):
+    """Rewards [probes] of an export in one precision, and the model that gave them."""
+
+    together: list[float]
+    alone: list[float]
+    plain: list[float]
+    pools_by_position: bool
+    pad_token_id: int | None
+
+
+def _measure(
+    folder: Path, dtype: torch.dtype, sequences: Sequence[list[int]], splits: Sequence[int]
+) -> _Measured:
+    """Load the export as a user would: to cast a loaded model would round its buffers, too."""
+    inner = create_model_from_path(
+        str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
+    )
+    model = RewardModel(inner).eval()
+    settle_path(model)
+    return _Measured(
+        _rewards(model, sequences, splits),
+        [_rewards(model, [ids], [split])[0] for ids, split in zip(sequences, splits, strict=True)],
+        _plain_rewards(model, sequences),
+        model.pools_by_position,
+        inner.config.get_text_config().pad_token_id,
+    )
+
+
+def _furthest(values: Sequence[float], others: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(values, others, strict=True))
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Mapped = dict[str, Any] | str | None
 
 # Torch reads it at a process's first tensor and then asks Linux for pages of 2 MiB for large ones.
-# With the usual 4 KiB, a forward on a CPU spends a quarter of its time on page faults.
+# With the usual 4 KiB, a forward on a CPU spends up to a fifth of its time on page faults.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 

@@ -153,7 +153,7 @@ def _number(row: Row, where: RowRef, name: str, required: bool) -> float | None:
     except OverflowError:
         value = math.inf
     if not (math.isfinite(value) and low <= value <= high):
-        refuse_row(where, name, f"bad_{name}", f"is {value:g}", expected)
+        refuse_row(where, name, f"bad_{name}", f"is {value!r}", expected)
     return value
 
 

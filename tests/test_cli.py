@@ -46,10 +46,9 @@ def test_a_wrong_command_is_answered_in_one_screen(
 
 def test_large_pages_are_asked_for_unless_somebody_said_no(monkeypatch: pytest.MonkeyPatch) -> None:
     for said, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", said or "0")  # so that it is put back
         if said is None:
-            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-        else:
-            monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", said)
+            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
         worker = cluster._environment(cpus=1, use_gpu=False)
         assert worker["THP_MEM_ALLOC_ENABLE"] == expected
         main(["score", "--help"])

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -761,8 +762,11 @@ def test_a_replica_takes_a_gpu_only_where_it_has_one(
         return FakeScorer()
 
     monkeypatch.setattr(Scorer, "from_pretrained", from_pretrained)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")  # so that it is put back
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     load(ServeConfig(model="fake", verify=False, **settings))
     assert asked == [device]
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
 
 
 def test_a_dead_batcher_makes_the_health_check_fail() -> None:

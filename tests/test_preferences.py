@@ -236,7 +236,7 @@ BAD_ROWS: dict[str, tuple[Any, ...]] = {
         {**STANDARD, "probability": 80},
         "probability",
         "bad_probability",
-        "is 80\n  expected: a number from 0 to 1",
+        "is 80.0\n  expected: a number from 0 to 1",
     ),
     "probability below": (
         {**STANDARD, "probability": -0.1},

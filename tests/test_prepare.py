@@ -111,6 +111,23 @@ def test_numbers_are_kept(name: str, tmp_path: Path, rendering: Rendering) -> No
     assert PairTable(prepared.folder).take([3, 1])[name] == [0.75, 0.25]
 
 
+@pytest.mark.parametrize("name", ["margin", "probability"])
+def test_a_number_that_some_rows_of_a_file_have_is_missed_in_the_others(
+    name: str, tmp_path: Path, rendering: Rendering
+) -> None:
+    rows = text_rows(4)
+    write(tmp_path / "without.jsonl", rows)
+    rows[1][name] = 0.5
+    some = write(tmp_path / "some.jsonl", rows)
+    with pytest.raises(RowError, match=f"{name} is missing or None, but other rows") as caught:
+        prepare(some, rendering, SETTINGS, tmp_path, name="t")
+    assert caught.value.reason == f"missing_{name}"
+    for row in rows:
+        row[name] = 0.5
+    both = [tmp_path / "without.jsonl", write(tmp_path / "with.jsonl", rows)]
+    assert prepare(both, rendering, SETTINGS, tmp_path, name="t").num_pairs == 8
+
+
 def test_rows_left_out_are_counted_by_reason(tmp_path: Path, rendering: Rendering) -> None:
     rows = [
         *text_rows(3),

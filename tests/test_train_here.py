@@ -131,6 +131,10 @@ def test_smoothed_labels_are_pairs_of_a_probability(model: Path, tmp_path: Path)
     one = run(model, tmp_path / "column", rows)
     other = run(model, tmp_path / "setting", ROWS, label_smoothing=0.125)
     assert losses(one) == pytest.approx(losses(other), rel=1e-6)
+    # Whether the model is right is another matter: there the labels are sure, and stay so.
+    assert losses(one, "accuracy") == pytest.approx(
+        [0.125 + 0.75 * sure for sure in losses(other, "accuracy")]
+    )
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import hmac
 import json
 import logging
 import math
-import os
 import re
 import signal
 import threading
@@ -33,7 +32,7 @@ from starlette.requests import ClientDisconnect
 
 from raywards import errors
 from raywards.client import RewardClient
-from raywards.config import HUGE_PAGES, ServeConfig
+from raywards.config import ServeConfig
 from raywards.errors import (
     ConfigError,
     DeadlineError,
@@ -115,7 +114,6 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
         ray_actor_options={
             "num_cpus": config.num_cpus,
             "num_gpus": config.num_gpus,
-            "runtime_env": {"env_vars": {HUGE_PAGES: os.environ.get(HUGE_PAGES, "1")}},
         },
         # A dead replica is noticed, and replaced, at the next check. The default is 10.
         health_check_period_s=3.0,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from raywards.config import ServeConfig
+from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
     ConversationError,
     DeadlineError,
@@ -268,6 +269,8 @@ class RewardService:
 
 def load(config: ServeConfig) -> RewardService:
     """Load and verify the model that `config` names. Raises `ModelError`, `CheckpointError`."""
+    # Not in the deployment's runtime_env: one of its own would displace what the job's says.
+    os.environ.setdefault(HUGE_PAGES, "1")
     import torch
 
     from raywards.scorer import Scorer

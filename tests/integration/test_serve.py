@@ -205,10 +205,6 @@ def assert_gone(process: psutil.Process) -> None:
     assert not alive, "the replica was not killed: nothing was tested"
 
 
-def test_a_replica_computes_in_large_pages(client: RewardClient) -> None:
-    assert replica().environ()["THP_MEM_ALLOC_ENABLE"] == "1"
-
-
 def test_a_killed_replica_loses_and_changes_no_answer(client: RewardClient, scorer: Scorer) -> None:
     expected = scorer.score(TALKS)
     assert client.score(TALKS) == pytest.approx(expected, abs=1e-5)
