@@ -152,7 +152,8 @@ def test_it_differs_from_the_plain_forward_by_rounding_alone(name: str, dtype: t
     make_invariant(model)
     ours = rewards(model, GROUPS)
     off_plain, off_ours = ((found - right).square().mean().sqrt() for found in (plain, ours))
-    assert 0 < off_ours <= 1.5 * off_plain
+    # Of one size: a dozen rewards, whose rounding in two orders of summation is drawn twice.
+    assert 0 < off_ours <= 2 * off_plain
     assert off_ours < (1e-5 if dtype == torch.float32 else 0.1) * right.std()
 
 

@@ -303,8 +303,14 @@ def _refuse_nothing_left(name: str, summary: dict[str, Any]) -> None:
 
 def _tell(name: str, prepared: Prepared) -> None:
     left_out = f"; left out: {_reasons(prepared.dropped)}" if prepared.dropped else ""
+    having = f", with {' and '.join(prepared.numbers)}" if prepared.numbers else ""
     logger.info(
-        "%s: %d pairs from %d rows%s", name, prepared.num_pairs, prepared.num_rows, left_out
+        "%s: %d pairs from %d rows%s%s",
+        name,
+        prepared.num_pairs,
+        prepared.num_rows,
+        having,
+        left_out,
     )
 
 

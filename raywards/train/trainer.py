@@ -413,7 +413,9 @@ class RewardTrainer:
                     f"  {k}: was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in differing[:12]
                 ]
                 if "pairs" in differing:
-                    lines.append("  (`pairs` covers the rows, where they came from, the rendering)")
+                    lines.append(
+                        "  (`pairs` covers the rows, their source, the rendering, the version)"
+                    )
                 raise CheckpointError(
                     "\n".join([f"{self.paths.run}: holds checkpoints of another run:", *lines])
                     + "\nGo back to those settings to continue it, or give this run another "
