@@ -111,10 +111,7 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
             "metrics_interval_s": config.metrics_interval_s,
             "look_back_period_s": config.look_back_period_s,
         },
-        ray_actor_options={
-            "num_cpus": config.num_cpus,
-            "num_gpus": config.num_gpus,
-        },
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         # A dead replica is noticed, and replaced, at the next check. The default is 10.
         health_check_period_s=3.0,
         graceful_shutdown_timeout_s=config.request_timeout_s + 5,
