@@ -126,7 +126,8 @@ class Bench:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         from raywards.loader import load_tokenizer
         from raywards.rendering import Rendering
-        from raywards.train.prepare import EncodeSettings, PairTable, prepare
+        from raywards.train.prepare import EncodeSettings, prepare
+        from raywards.train.table import PairTable
 
         rendering = Rendering(load_tokenizer(args.model))
         settings = EncodeSettings(args.max_length, "drop", "error")

@@ -30,8 +30,9 @@ LAYERS = [
     ["settle", "invariance"],
     ["checkpoint"],
     ["scorer"],
+    ["train.table"],
     [
-        *("train.prepare", "train.zero", "train.session", "train.runlog"),
+        *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         *("serve.dialects", "score_file", "batch_score"),
     ],
     ["train.rows", "serve.dialects.*"],

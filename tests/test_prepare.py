@@ -20,7 +20,8 @@ from raywards.preferences import encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef
 from raywards.train import prepare as module
-from raywards.train.prepare import EncodeSettings, PairTable, Prepared, prepare
+from raywards.train.prepare import EncodeSettings, Prepared, prepare
+from raywards.train.table import PairTable
 
 SETTINGS = EncodeSettings(max_length=64, truncation="drop", on_bad_row="error")
 DROPPING = EncodeSettings(max_length=64, truncation="drop", on_bad_row="drop")

@@ -25,9 +25,9 @@ from raywards.evaluation import HeldOut
 from raywards.model import RewardModel
 from raywards.packing import PackedRow, pack_pairs
 from raywards.settle import settle_path
-from raywards.train.prepare import PairTable
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
+from raywards.train.table import PairTable
 from raywards.train.worker import Job, Worker, build_worker, export, resume, save
 
 _TICK_S = 0.5

@@ -15,7 +15,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -23,14 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import datasets
 from datasets.arrow_writer import ArrowWriter
 
-from raywards.errors import ConfigError, RowError, TrainingError
+from raywards.errors import ConfigError, RowError
 from raywards.packing import common_prefix
 from raywards.preferences import NUMBERS, REASONS, encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef, RowSet, read_rows
+from raywards.train.table import FEATURES
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +37,6 @@ _FORMAT = 3
 _ROWS_PER_SHARD = 50_000
 _ROWS_PER_CHUNK = 256
 _BAD_ROWS_SHOWN = 5
-_FEATURES = datasets.Features(
-    {
-        "chosen_ids": datasets.Sequence(datasets.Value("int32")),
-        "rejected_ids": datasets.Sequence(datasets.Value("int32")),
-        "margin": datasets.Value("float32"),
-        "probability": datasets.Value("float32"),
-        "length": datasets.Value("int32"),
-        "tokens": datasets.Value("int32"),
-        "source": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -76,34 +63,6 @@ class Prepared:
     """Those of `NUMBERS` that some pair has."""
     last_ids: list[int]
     """Ids that end some sequence."""
-
-
-class PairTable:
-    """The pairs of a prepared folder, memory-mapped; read by index."""
-
-    def __init__(self, folder: Path) -> None:
-        shards = sorted(folder.glob("pairs-*.arrow"))
-        if not (folder / "prepared.json").is_file():
-            raise TrainingError(
-                f"{folder}: the prepared pairs are not there on node {socket.gethostname()}. "
-                "output_dir or storage_path must be a folder that every node sees."
-            )
-        self._rows = datasets.concatenate_datasets(
-            [datasets.Dataset.from_file(str(shard)) for shard in shards]
-        )
-        columns = self._rows.select_columns(["length", "tokens"]).with_format("numpy")[:]
-        self.lengths: list[int] = columns["length"].tolist()
-        """Tokens of each pair's longer side."""
-        self.tokens: list[int] = columns["tokens"].tolist()
-        """Tokens of each pair, its common prefix counted once."""
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def take(self, indices: list[int]) -> dict[str, list[Any]]:
-        """Columns `chosen_ids`, `rejected_ids` and `NUMBERS` of the pairs at `indices`."""
-        columns: dict[str, list[Any]] = self._rows[indices]
-        return columns
 
 
 def prepare(
@@ -182,7 +141,7 @@ def _write_shards(
         for pair, conversational in pairs:
             if writer is None:
                 path = folder / f"pairs-{shard:05d}.arrow"
-                writer, shard = ArrowWriter(path=str(path), features=_FEATURES), shard + 1
+                writer, shard = ArrowWriter(path=str(path), features=FEATURES), shard + 1
             writer.write(pair)
             num_pairs += 1
             num_conversational += conversational

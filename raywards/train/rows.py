@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raywards.model import RewardModel
 from raywards.packing import PackedRow, deal, deal_batches, pack_alone
-from raywards.train.prepare import PairTable
+from raywards.train.table import PairTable
 
 EVALUATION_TOKENS = 8192
 """Tokens of a row where no activations are kept."""

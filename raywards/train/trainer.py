@@ -7,7 +7,6 @@ What happens on a worker is in `loop`.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import shutil
@@ -29,22 +28,13 @@ from raywards.rendering import Rendering
 from raywards.train.cluster import connect, run_on_ray
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
+from raywards.train.runfolder import claim, refuse_folder_of_a_job
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.worker import Job, global_batch, may_be_half
 from raywards.train.zero import read_zero, zero_config
 
 logger = logging.getLogger(__name__)
-
-# Settings that may differ when a run is started again: they change neither weights nor their order.
-_MAY_CHANGE = {
-    "output_dir", "storage_path", "run_name", "disable_tqdm", "logging_steps", "logging_first_step",
-    "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy",
-    "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "max_failures", "ddp_timeout", "dataset_num_proc", "resources_per_worker",
-    "use_gpu", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "max_tokens_per_row",
-}  # fmt: skip
 
 _NOT_SUPPORTED = {
     "data_collator": "raywards batches pairs itself",
@@ -120,7 +110,7 @@ class RewardTrainer:
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.paths = RunPaths.of(self.args)
-        _refuse_folder_of_a_job(self.paths)
+        refuse_folder_of_a_job(self.paths)
         self.state = transformers.TrainerState()
         self.accelerator = _Console()
         self.hub_model_id = self.args.hub_model_id or self.paths.name
@@ -333,7 +323,20 @@ class RewardTrainer:
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
         self._refuse_empty_epoch(pairs)
-        identity = self._claim_run_folder(pairs)
+        identity = claim(
+            self.paths,
+            self.args,
+            {
+                "model": self.model_id,
+                "pairs": pairs.fingerprint,
+                "bf16": self._bf16,  # unset means True
+                "model_init_kwargs": {
+                    name: str(value)
+                    for name, value in self._model_kwargs.items()
+                    if name != "token"
+                },
+            },
+        )
         model = self._model
         if not isinstance(model, str) and self.args.num_workers > 0:
             # Workers are other processes: they load the given model from a folder.
@@ -392,42 +395,6 @@ class RewardTrainer:
             )
             self.dropped[name] = prepared[name].dropped
         return prepared
-
-    def _claim_run_folder(self, pairs: Prepared) -> str:
-        """Write `run.json`, or refuse a folder whose checkpoints belong to another run."""
-        ours = {
-            "model": self.model_id,
-            "pairs": pairs.fingerprint,
-            **{k: v for k, v in as_dict(self.args).items() if k not in _MAY_CHANGE},
-            "bf16": self._bf16,  # unset means True
-            "model_init_kwargs": {
-                name: str(value) for name, value in self._model_kwargs.items() if name != "token"
-            },
-        }
-        file = self.paths.run / "run.json"
-        if file.is_file() and complete_checkpoints(self.paths.run):
-            theirs = _read_run_settings(file)
-            differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
-            if differing:
-                lines = [
-                    f"  {k}: was {theirs.get(k)!r}, is {ours.get(k)!r}" for k in differing[:12]
-                ]
-                if "pairs" in differing:
-                    lines.append(
-                        "  (`pairs` covers the rows, their source, the rendering, the version)"
-                    )
-                raise CheckpointError(
-                    "\n".join([f"{self.paths.run}: holds checkpoints of another run:", *lines])
-                    + "\nGo back to those settings to continue it, or give this run another "
-                    "output_dir or run_name."
-                )
-        identity = hashlib.sha256(json.dumps(ours, sort_keys=True).encode()).hexdigest()
-        self.paths.run.mkdir(parents=True, exist_ok=True)
-        content = {"identity": identity, "settings": ours, "all": as_dict(self.args)}
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-        partial.replace(file)
-        return identity
 
     # ------------------------------------------------------------ the workers
 
@@ -496,25 +463,6 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
     return args
-
-
-def _refuse_folder_of_a_job(paths: RunPaths) -> None:
-    if "working_dir_files" in paths.run.parts:
-        raise ConfigError(
-            f"output_dir: {paths.run} lies in the copy of the working directory that Ray made for "
-            "this job and will delete. Give an absolute path that every node sees."
-        )
-
-
-def _read_run_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file}: is damaged ({error!r}), so it cannot be told whether the checkpoints beside "
-            "it are of this run. Restore it, or give this run another output_dir."
-        ) from None
-    return settings
 
 
 def _absolute_if_folder(model: Any) -> Any:

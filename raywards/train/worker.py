@@ -33,9 +33,9 @@ from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
-from raywards.train.prepare import PairTable
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.session import Session
+from raywards.train.table import PairTable
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
