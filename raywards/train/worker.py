@@ -9,7 +9,8 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from raywards.rendering import Rendering
 from raywards.settle import settle_path
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.session import Session
+from raywards.train.storage import checkpoint_name, writing
 from raywards.train.table import PairTable
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
@@ -71,6 +73,9 @@ class State:
     step: int = 0
     num_pairs: int = 0
     num_tokens: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
 
 
 @dataclass
@@ -88,6 +93,10 @@ class Worker:
     export_dtype: torch.dtype
     clipper: Clipper | None = None
     state: State = field(default_factory=State)
+    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    """Indices of each row of this step on this rank, and the losses of its pairs."""
+    saved_step: int | None = None
+    """Step of the last checkpoint."""
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
@@ -113,10 +122,7 @@ class Clipper:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self.norm = float(norm)
         if not math.isfinite(self.norm):
-            raise NonFiniteError(
-                "the norm of the gradient is not finite. The update was not applied. Lower "
-                "learning_rate, or set max_grad_norm."
-            )
+            raise NonFiniteError("the norm of the gradient is not finite")
 
 
 def build_worker(job: Job, session: Session) -> Worker:
@@ -340,14 +346,26 @@ def warmup_steps(config: RewardConfig, total_steps: int) -> int:
 def save(worker: Worker) -> None:
     """Write this rank's part of a checkpoint and hand it over. A collective."""
     session, state = worker.session, worker.state
-    name = f"checkpoint-{state.step:06d}-{session.attempt}"
+    name = checkpoint_name(state.step, session.attempt)
     folder = session.scratch(name)
+    try:
+        with writing(folder):
+            _write_part(worker, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    session.commit(folder, name, best_step=state.best_step)
+    worker.saved_step = state.step
+
+
+def _write_part(worker: Worker, folder: Path) -> None:
+    session, state = worker.session, worker.state
     window = worker.metrics.gather_on_first_rank(session.rank)
     client_state = {
         "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
     }
     worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
-    torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
+    torch.save(random_state(session.device), folder / f"random-{session.rank}.pt")
 
     parts: list[Any] = [None] * session.world_size
     torch.distributed.all_gather_object(parts, list_files(folder))
@@ -360,7 +378,6 @@ def save(worker: Worker) -> None:
             **dataclasses.asdict(state),
         }
         write_manifest(folder, content, files)
-    session.commit(folder, name, {"step": state.step})
 
 
 def resume(worker: Worker) -> State:
@@ -370,16 +387,23 @@ def resume(worker: Worker) -> State:
             return worker.state
         manifest = read_manifest(folder, kind="checkpoint")
         check_fits(folder, manifest, worker)
-        path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
-        saved = dict(client_state["raywards"])
-        saved.pop("ranks")
-        worker.metrics.restore(saved.pop("window"), worker.session.rank)
-        worker.state = State(**saved)
+        worker.state, window = load_engine(folder, worker)
+        worker.saved_step = worker.state.step
+        worker.metrics.restore(window, worker.session.rank)
         file = folder / f"random-{worker.session.rank}.pt"
-        _set_random_state(torch.load(file, weights_only=False), worker.session.device)
+        set_random_state(torch.load(file, weights_only=False), worker.session.device)
     return worker.state
+
+
+def load_engine(folder: Path, worker: Worker) -> tuple[State, list[list[float]]]:
+    """Weights and optimizer of a checkpoint into the engine; its state and sums. A collective."""
+    path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
+    saved = dict(client_state["raywards"])
+    saved.pop("ranks")
+    window = saved.pop("window")
+    return State(**saved), window
 
 
 def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
@@ -397,29 +421,34 @@ def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
         )
 
 
-def export(worker: Worker) -> None:
-    """Write the Hugging Face folder to score with, from full-precision weights. A collective."""
+def export(worker: Worker, held: State) -> None:
+    """Write the Hugging Face folder to score with, from full-precision weights. A collective.
+
+    `held` is where the run stood with the weights that the engine holds: at its end or its best.
+    """
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
     weights = dict(full_weights(inner, keep=rank == 0))
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
-        about = {**job.about, **dataclasses.asdict(worker.state)}
-        manifest = export_model(
-            inner,
-            weights,
-            job.rendering,
-            job.paths.export,
-            dtype=worker.export_dtype,
-            training=about,
-            last_ids=job.last_ids,
-        )
+        about = {**job.about, **dataclasses.asdict(held), "last_step": worker.state.step}
+        with writing(job.paths.export):
+            manifest = export_model(
+                inner,
+                weights,
+                job.rendering,
+                job.paths.export,
+                dtype=worker.export_dtype,
+                training=about,
+                last_ids=job.last_ids,
+            )
         worker.session.send(
             "finish",
             {
                 **dataclasses.asdict(worker.state),
                 "export": str(job.paths.export),
+                "exported_step": held.step,
                 "bounds": manifest["bounds"],
             },
         )
@@ -442,7 +471,7 @@ def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, full.to("cpu", copy=True)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -451,7 +480,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
