@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from tiny import tiny_qwen2
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 
 import raywards.train.loop as loop
-from raywards import RewardConfig, RewardTrainer, Scorer
+from raywards import RewardConfig, RewardTrainer
 from raywards.checkpoint import complete_checkpoints, read_manifest, write_manifest
 from raywards.errors import CheckpointError, ConfigError
 from raywards.evaluation import FIGURES, figures
@@ -29,9 +28,13 @@ from raywards.train.storage import remove_cut_off, retain
 from raywards.train.worker import State
 
 ROWS = conversation_rows(45)
-HELD_OUT = conversation_rows(24, seed=1)
-# A run that is at its best before its end: the learning rate is too high for it to stay there.
-TURNS = {"learning_rate": 2e-2, "lr_scheduler_type": "constant", "max_steps": 14}
+# Every third pair is the wrong way round, so a model that grows surer gets worse in time.
+HELD_OUT = [
+    {"chosen": row["rejected"], "rejected": row["chosen"]} if i % 3 == 0 else row
+    for i, row in enumerate(conversation_rows(24, seed=1))
+]
+TURNS = {"learning_rate": 7e-4, "lr_scheduler_type": "constant", "max_steps": 10}
+BEST = 5
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen2(tmp_path_factory.mktemp("model"), num_labels=None)
 
 
-def trainer(
-    model: Path, output: Path, held_out: Any = HELD_OUT, **changes: Any
-) -> RewardTrainer:
+def trainer(model: Path, output: Path, held_out: Any = HELD_OUT, **changes: Any) -> RewardTrainer:
     settings: dict[str, Any] = {
         "output_dir": str(output),
         "num_workers": 0,
@@ -81,7 +82,8 @@ def curve(run: RewardTrainer, name: str = "eval_loss") -> dict[int, float]:
 
 def steps(folder: Path) -> list[int]:
     return [
-        int(read_manifest(found, kind="checkpoint")["step"]) for found in complete_checkpoints(folder)
+        int(read_manifest(found, kind="checkpoint")["step"])
+        for found in complete_checkpoints(folder)
     ]
 
 
@@ -261,7 +263,9 @@ def test_nothing_is_removed_for_a_checkpoint_that_is_not_complete(tmp_path: Path
 def test_what_was_cut_off_is_removed_and_nothing_else(tmp_path: Path) -> None:
     whole, cut_off = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
     (cut_off / "raywards.json").unlink()
-    others = [tmp_path / name for name in ("checkpoint-500", "checkpoint-best", "checkpoint-000007")]
+    others = [
+        tmp_path / name for name in ("checkpoint-500", "checkpoint-best", "checkpoint-000007")
+    ]
     for other in others:
         other.mkdir()
     remove_cut_off(tmp_path)
@@ -277,47 +281,193 @@ trains = pytest.mark.trains
 def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardTrainer:
     """All steps, every one evaluated; exports its best."""
     one = run(model, tmp_path_factory.mktemp("undisturbed") / "run")
-    best = min(curve(one), key=curve(one).__getitem__)
-    assert 1 < best < 12, f"the best step, {best}, has to lie inside the run: proves nothing"
+    values = curve(one)
+    assert min(values, key=values.__getitem__) == BEST, "all that follows rests on it"
     return one
+
+
+@pytest.fixture(scope="module")
+def early(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardTrainer:
+    """Stops at step 8, three evaluations after its best; keeps two checkpoints."""
+    return run(model, tmp_path_factory.mktemp("early") / "run", **EARLY)
+
+
+EARLY = {
+    "early_stopping_patience": 3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "save_total_limit": 2,
+}
 
 
 @trains
 def test_the_export_is_of_the_best_step(
     model: Path, tmp_path: Path, undisturbed: RewardTrainer
 ) -> None:
-    values = curve(undisturbed)
-    best = min(values, key=values.__getitem__)
+    value = curve(undisturbed)[BEST]
     training = read_manifest(undisturbed.paths.export, kind="export")["training"]
-    assert (training["step"], training["last_step"]) == (best, 14)
-    assert training["best_metric"] == values[best]
-    assert undisturbed.state.best_global_step == best
-    assert undisturbed.state.best_metric == values[best]
+    assert (training["step"], training["last_step"]) == (BEST, 10)
+    assert training["best_metric"] == value
+    assert (undisturbed.state.global_step, undisturbed.state.best_global_step) == (10, BEST)
+    assert undisturbed.state.best_metric == value
     folder = Path(str(undisturbed.state.best_model_checkpoint))
     manifest = read_manifest(folder, kind="checkpoint")
-    assert (manifest["step"], manifest["best_step"]) == (best, best)
-    assert training["num_pairs"] == manifest["num_pairs"]
+    assert (manifest["step"], manifest["best_step"]) == (BEST, BEST)
+    assert training["num_pairs"] == manifest["num_pairs"] == 8 * BEST
+    # Without `save_strategy`: one for each evaluation that was the best so far, and the last.
+    assert steps(undisturbed.paths.run) == [1, 2, 3, 4, 5, 10]
 
-    # What it exports is what a run of so many steps exports: no other step's weights.
-    short = run(model, tmp_path / "short", max_steps=best, load_best_model_at_end=False)
+    # What it exports is what a run of so many steps exports, and no other step's weights.
+    short = run(model, tmp_path / "short", max_steps=BEST, load_best_model_at_end=False)
     assert same(weights(short), weights(undisturbed))
-    assert undisturbed.evaluate()["eval_loss"] == pytest.approx(values[best], abs=1e-6)
+    assert undisturbed.evaluate()["eval_loss"] == pytest.approx(value, abs=1e-6)
 
 
 @trains
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_result_tells_of_what_was_exported(model: Path, undisturbed: RewardTrainer) -> None:
+    before = weights(undisturbed)
+    again = trainer(model, undisturbed.paths.run)
+    result = again.train()  # it had finished: only the export is written again
+    assert result.global_step == 10
+    assert result.metrics["eval_loss"] == curve(undisturbed)[BEST]
+    assert same(weights(again), before)
+
+
+@trains
+@pytest.mark.parametrize(
+    ("stage", "bf16"),
+    [
+        (1, False),
+        (2, True),
+        (3, False),
+        pytest.param(1, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(3, True, marks=pytest.mark.slow),
+        pytest.param(0, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_best_is_loaded_back_at_any_stage(
     stage: int, bf16: bool, model: Path, tmp_path: Path
 ) -> None:
-    if bf16 and stage != 2:
-        pytest.skip  # noqa: B018
-    one = run(model, tmp_path / "run", deepspeed=stage, bf16=bf16)
-    values = curve(one)
-    best = min(values, key=values.__getitem__)
-    assert best < 14, "the last step is the best: nothing is loaded"
-    short = run(
-        model, tmp_path / "short", deepspeed=stage, bf16=bf16, max_steps=best,
+    changes = {"deepspeed": stage, "bf16": bf16}
+    one = run(model, tmp_path / "run", **changes)
+    best = one.state.best_global_step
+    assert 1 < best < 10, "the last step is the best: nothing is loaded"
+    short = run(model, tmp_path / "short", max_steps=best, load_best_model_at_end=False, **changes)
+    assert same(weights(short), weights(one))
+
+
+@trains
+def test_a_run_that_gets_no_better_stops_saves_and_exports(
+    model: Path, tmp_path: Path, early: RewardTrainer, undisturbed: RewardTrainer
+) -> None:
+    assert early.state.global_step == 8
+    assert curve(early) == {step: v for step, v in curve(undisturbed).items() if step <= 8}
+    # Every pair up to the stop is in the log, though step 8 is no logging step.
+    assert list(curve(early, "loss")) == [3, 6, 8]
+    assert steps(early.paths.run) == [BEST, 8]
+    assert same(weights(early), weights(undisturbed))
+    last = run(model, tmp_path / "last", **{**EARLY, "load_best_model_at_end": False})
+    assert last.state.global_step == 8
+    assert read_manifest(last.paths.export, kind="export")["training"]["step"] == 8
+    assert not same(weights(last), weights(early))
+
+
+@trains
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [
+        ("accumulate_gradients", 6),  # inside step 7: goes back to 6
+        (
+            "evaluate",
+            6,
+        ),  # evaluated, not yet saved: goes back to 5, the best, which was no save step
+        ("save", BEST),  # saved as the best
+        ("save", 6),
+        ("save", 8),  # given up, not yet exported
+        ("load_best", 8),
+    ],
+)
+def test_a_run_that_was_killed_stops_and_exports_as_if_it_were_not(
+    function: str,
+    step: int,
+    kill: Callable[[str, int], None],
+    model: Path,
+    tmp_path: Path,
+    early: RewardTrainer,
+) -> None:
+    kill(function, step)
+    with pytest.raises(Killed):
+        run(model, tmp_path / "run", **EARLY)
+    assert not (tmp_path / "run" / "export").exists()
+    again = run(model, tmp_path / "run", **EARLY)
+    assert without_times(again.state.log_history) == without_times(early.state.log_history)
+    assert steps(again.paths.run) == steps(early.paths.run)
+    states = [
+        read_manifest(complete_checkpoints(each.paths.run)[-1], kind="checkpoint")
+        for each in (again, early)
+    ]
+    for name in ("step", "best_step", "best_metric", "evaluations_without_improvement"):
+        assert states[0][name] == states[1][name], name
+    assert states[0]["evaluations_without_improvement"] == 3
+    assert same(weights(again), weights(early))
+
+
+@trains
+def test_patience_may_be_changed_and_the_metric_may_not(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", **EARLY)
+    longer = run(model, tmp_path / "run", **{**EARLY, "early_stopping_patience": 4})
+    assert longer.state.global_step == 9
+    assert list(curve(longer)) == list(range(1, 10))
+    with pytest.raises(CheckpointError, match="metric_for_best_model: was None, is 'accuracy'"):
+        run(model, tmp_path / "run", metric_for_best_model="accuracy", **EARLY)
+
+
+@trains
+def test_only_the_best_may_be_saved(model: Path, tmp_path: Path) -> None:
+    one = run(
+        model, tmp_path / "run", save_strategy="best", save_total_limit=1,
         load_best_model_at_end=False,
     )  # fmt: skip
-    assert same(weights(short), weights(one))
+    assert steps(one.paths.run) == [BEST, 10]
+    assert read_manifest(one.paths.export, kind="export")["training"]["step"] == 10
+
+
+@trains
+def test_a_figure_of_a_named_set_and_source_can_be_the_metric(model: Path, tmp_path: Path) -> None:
+    def rows(*which: int) -> datasets.Dataset:
+        return datasets.Dataset.from_list([HELD_OUT[i] for i in which])
+
+    sets = {"web": [rows(*range(9)), rows(*range(9, 16))], "forum": rows(*range(16, 24))}
+    changes = {"max_steps": 2, "load_best_model_at_end": False}
+    first = run(model, tmp_path / "a", sets, metric_for_best_model="eval_web_log_loss", **changes)
+    assert first.state.best_metric == min(curve(first, "eval_web_log_loss").values())
+    [one, other] = [key for key in first.state.log_history[-1] if "accuracy/" in key]
+    second = run(model, tmp_path / "b", sets, metric_for_best_model=other, **changes)
+    assert second.state.best_metric == max(curve(second, other).values())
+    assert one != other
+
+    for wrong, told in [
+        ("web_acuracy", "Did you mean 'eval_web_accuracy'"),
+        ("loss", "There are: .*eval_forum_loss, .*eval_web_loss"),
+        (one.replace("web", "forum"), "'eval_forum_accuracy/"),  # it has one source
+        ("runtime", "'eval_runtime'"),
+    ]:
+        third = trainer(model, tmp_path / "c", sets, metric_for_best_model=wrong, **changes)
+        with pytest.raises(ConfigError, match=f"(?s)no evaluation gives .*{told}"):
+            third.train()
+        assert not (tmp_path / "c" / "run.json").exists()
+
+
+@trains
+def test_a_best_checkpoint_that_stayed_behind_is_missed_at_once(
+    model: Path, tmp_path: Path, early: RewardTrainer
+) -> None:
+    copy = shutil.copytree(complete_checkpoints(early.paths.run)[-1], tmp_path / "copy")
+    other = trainer(model, tmp_path / "run", **EARLY)
+    with pytest.raises(CheckpointError, match=f"the best checkpoint so far, of step {BEST}"):
+        other.train(resume_from_checkpoint=str(copy))
+    # Doing what the message says.
+    for folder in complete_checkpoints(early.paths.run):
+        shutil.copytree(folder, tmp_path / "run" / folder.name)
+    assert same(weights(run(model, tmp_path / "run", **EARLY)), weights(early))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from raywards import loss
 from raywards.config import RewardConfig
@@ -40,6 +41,7 @@ def train(job: Job, session: Session) -> None:
         run(worker)
     finally:
         worker.engine.module.unwrap()  # it may be the caller's own model
+        unset_hf_deepspeed_config()  # else what this process loads next would be partitioned
 
 
 def run(worker: Worker) -> None:

@@ -114,5 +114,9 @@ def _names(worker: Worker, indices: Sequence[int]) -> list[tuple[str, int]]:
 
 
 def _listed(rows: list[tuple[str, int]], more: int) -> str:
-    named = ", ".join(f"{source} row {row}" for source, row in rows)
+    sources = dict.fromkeys(source for source, _ in rows)
+    named = "; ".join(
+        f"{source} row {', '.join(str(row) for its, row in rows if its == source)}"
+        for source in sources
+    )
     return f"{named} and {more} more" if more > 0 else named
