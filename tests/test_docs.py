@@ -30,7 +30,7 @@ from raywards.schemas import Usage as ReplyUsage
 from raywards.serve.app import create_app
 from raywards.serve.replica import RewardService
 from raywards.sources import RowRef
-from raywards.train.trainer import _MAY_CHANGE
+from raywards.train.runfolder import _MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -167,7 +167,7 @@ def test_every_field_of_the_manifests_is_described(run: RewardTrainer) -> None:
 @pytest.mark.trains
 def test_the_run_folder_is_as_drawn(run: RewardTrainer) -> None:
     names = {path.name for path in run.paths.run.iterdir()}
-    drawn = {"run.json", "prepared", "metrics.jsonl", "tensorboard", "export"}
+    drawn = {"run.json", "run.lock", "prepared", "metrics.jsonl", "tensorboard", "export"}
     assert drawn <= names
     assert all(name in CHECKPOINTS for name in drawn)
     assert {name for name in names - drawn if not name.startswith("checkpoint-")} == set()
