@@ -62,7 +62,7 @@ class RewardConfig:
     """Pairs of one forward of an evaluation, for a model that pads; packed rows count tokens."""
     gradient_accumulation_steps: Positive = 1
     """Accumulations per worker and optimizer step. The global batch is this, times
-    `per_device_train_batch_size`, times the number of workers; it is fixed at the first start."""
+    `per_device_train_batch_size`, times the (most) workers; it is fixed at the first start."""
     max_tokens_per_row: Positive | None = None
     """Tokens of one packed row, the common prefix of a pair counted once. A step takes as many rows
     as it needs; a longer pair goes alone. Default: what fits into memory, which is measured."""
@@ -177,8 +177,11 @@ class RewardConfig:
     """Make the repository private."""
 
     # ---- where it runs (raywards)
-    num_workers: NotNegative = 1
-    """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU."""
+    # HfArgumentParser hands it over as an int; other flags and YAML, also as text or a list.
+    num_workers: list[int] | int | str = 1
+    """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU. `[1, 4]`
+    takes what the cluster has: with a node fewer it goes on with fewer workers, and takes more when
+    they come. It may change from start to start: the global batch stays that of the first one."""
     use_gpu: bool | None = None
     """One GPU a worker. Default: where the cluster has any; say it where GPU nodes come on demand.
     `use_cpu=True`, TRL's name, says no."""
@@ -197,7 +200,8 @@ class RewardConfig:
     -1: never gives up."""
     deepspeed: dict[str, Any] | str | int | None = None
     """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in.
-    Default: stage 2, or 0 with a single worker, which has nothing to shard."""
+    Default: stage 2, or 0 with a single worker, which has nothing to shard; it is fixed at the
+    first start."""
     ddp_timeout: Positive = 1800
     """Seconds after which a collective operation is taken to hang."""
 
@@ -227,6 +231,24 @@ class RewardConfig:
     def _json_mapping(cls, value: Any) -> Any:
         return read_mapping(value) if isinstance(value, str) else value
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        given = value
+        if isinstance(given, str):
+            given = [part.strip() for part in given.strip("[] ").split(",")]
+            given = [int(part) if part.isdigit() else part for part in given]
+            given = given[0] if len(given) == 1 else given
+        if isinstance(given, (list, tuple)) and len(given) == 2:
+            fewest, most = given
+            if type(fewest) is type(most) is int and 1 <= fewest <= most:
+                return most if fewest == most else [fewest, most]
+        elif type(given) is int and given >= 0:
+            return given
+        raise ValueError(
+            "expected a number of workers, or the fewest and the most of them as in `[1, 4]`"
+        )
+
     @field_validator("max_steps")
     @classmethod
     def _steps_positive_or_unset(cls, value: int) -> int:
@@ -243,6 +265,13 @@ class RewardConfig:
                 "Lustre, a mounted bucket)"
             )
         return value
+
+
+def worker_range(config: RewardConfig) -> tuple[int, int]:
+    """The fewest and the most workers; (0, 0) is this process alone."""
+    given = config.num_workers
+    assert not isinstance(given, str), "the validator turns text into numbers"
+    return (given, given) if isinstance(given, int) else (given[0], given[1])
 
 
 @dataclasses.dataclass(frozen=True)

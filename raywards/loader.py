@@ -7,6 +7,8 @@ that is missing or has two labels is told apart from one that is new. It knows n
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -29,6 +31,7 @@ _AUTO_CLASSES = (
     "AutoModelForCausalLM",
 )
 # What reaches AutoConfig too: the config must come from the same place as the weights.
+_CONFIG_OF_THE_WRITER = ("transformers_version", "_name_or_path")
 _CONFIG_KWARGS = (
     "cache_dir",
     "force_download",
@@ -87,6 +90,23 @@ def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfi
     config = _load_config(model_id, kwargs)
     _check_labels(model_id, config, 1)
     return config
+
+
+def describe_files(model: Any, kwargs: dict[str, Any]) -> str:
+    """Digest of a model's config and of the sizes of its files: another model gives another.
+
+    `model` is a folder, a hub id or a loaded model. Weights are not read: two models of one config
+    whose files have the same sizes look alike. Raises what `check_reward_model` does.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        config, folder = check_reward_model(os.fspath(model), kwargs), Path(_resolve_path(model))
+    else:
+        config, folder = model.config, Path("")
+    known = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_OF_THE_WRITER}
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    sizes = {file.name: file.stat().st_size for file in files if folder.name}
+    text = json.dumps([known, sizes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def refuse_without_head(model_id: str, kwargs: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from raywards.config import (
     TrainJob,
     as_dict,
     freeze,
+    worker_range,
 )
 from raywards.errors import ConfigError
 from raywards.settings import field_names, help_text, read_settings
@@ -81,7 +82,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"resources_per_worker": 4}, ["resources_per_worker"]),
     ({"storage_path": "s3://bucket"}, ["storage_path:", "folder that every node sees"]),
     ({"max_failures": -2}, ["max_failures:"]),
-    ({"num_workers": -1}, ["num_workers:", "-1"]),
+    ({"num_workers": -1}, ["num_workers:", "a number of workers"]),
     ({"logging_steps": 0}, ["logging_steps:"]),
     ({"output_dir": 3}, ["output_dir:", "string"]),
     ({"max_length": 0}, ["max_length:"]),
@@ -352,12 +353,36 @@ def test_the_configs_of_the_jobs_can_be_read(file: Path) -> None:
     assert job.model_name_or_path == written["model_name_or_path"]
     assert config.num_workers == written["num_workers"]
     assert isinstance(config.learning_rate, float)
-    from raywards.train.zero import stage_of, zero_config
+    from raywards.train.zero import default_stage, stage_of, zero_config
 
-    settings = zero_config(config, num_ranks=config.num_workers, bf16=bool(config.bf16))
+    _, most = worker_range(config)
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * most
+    settings = zero_config(
+        config,
+        config.deepspeed or default_stage(most_ranks=most, half_weights=False),
+        num_ranks=most,
+        global_batch=pairs,
+        bf16=bool(config.bf16),
+    )
     assert stage_of(settings) == (3 if "zero3" in file.stem else 0)
-    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    assert settings["train_batch_size"] == pairs * config.num_workers
+    assert settings["train_batch_size"] == pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "workers"),
+    [
+        *((3, (3, 3)), ("3", (3, 3)), (0, (0, 0)), ((2, 2), (2, 2))),
+        *(([1, 4], (1, 4)), ("[1, 4]", (1, 4)), ("1,4", (1, 4))),
+    ],
+)
+def test_workers_are_a_number_or_a_range(given: Any, workers: tuple[int, int]) -> None:
+    assert worker_range(RewardConfig(num_workers=given)) == workers
+
+
+@pytest.mark.parametrize("given", [-1, [4, 1], [0, 2], [1], [1, 2, 3], "many", 1.5, True, None])
+def test_what_is_no_number_of_workers_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match="num_workers: expected a number of workers"):
+        RewardConfig(num_workers=given)
 
 
 def test_there_are_configs_of_three_sizes() -> None:

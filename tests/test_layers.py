@@ -33,6 +33,7 @@ LAYERS = [
     ["train.table"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
+        "train.reshard",
         *("serve.dialects", "score_file", "batch_score"),
     ],
     ["train.rows", "serve.dialects.*"],

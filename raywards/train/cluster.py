@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from raywards.config import HUGE_PAGES
+from raywards.config import HUGE_PAGES, worker_range
 from raywards.errors import ConfigError, RaywardsError, TrainingError
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
@@ -46,6 +46,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
     restarts are used up.
     """
     config, paths = job.config, job.paths
+    fewest, most = worker_range(config)
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -62,7 +63,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
             backend="nccl" if use_gpu else "gloo", timeout_s=config.ddp_timeout
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=resources,
         ),
@@ -74,7 +75,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
             worker_runtime_env={"env_vars": _environment(cpus, use_gpu)},
         ),
     )  # fmt: skip
-    _tell_if_it_must_wait(ray, log, config.num_workers, resources, use_gpu)
+    _tell_if_it_must_wait(ray, log, fewest, resources, use_gpu)
     reader = _Reader(ray, mailbox, log)
     try:
         trainer.fit()

@@ -28,7 +28,7 @@ from raywards.settle import settle_path
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
 from raywards.train.table import PairTable
-from raywards.train.worker import Job, Worker, build_worker, export, resume, save
+from raywards.train.worker import Job, Worker, export, open_worker, resume, save
 
 _TICK_S = 0.5
 _EVALUATED_AT_ONCE = 2048
@@ -36,11 +36,8 @@ _EVALUATED_AT_ONCE = 2048
 
 def train(job: Job, session: Session) -> None:
     """Train one reward model on this worker, from the newest checkpoint to the last step."""
-    worker = build_worker(job, session)
-    try:
+    with open_worker(job, session) as worker:
         run(worker)
-    finally:
-        worker.engine.module.unwrap()  # it may be the caller's own model
 
 
 def run(worker: Worker) -> None:

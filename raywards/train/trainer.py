@@ -21,18 +21,23 @@ from transformers.trainer_utils import TrainOutput
 
 import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
-from raywards.config import RewardConfig, RunPaths, as_dict, freeze
+from raywards.config import RewardConfig, RunPaths, as_dict, freeze, worker_range
 from raywards.errors import CheckpointError, ConfigError, TrainingError
-from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
+from raywards.loader import create_model_from_path, describe_files, load_tokenizer
 from raywards.rendering import Rendering
 from raywards.train.cluster import connect, run_on_ray
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
-from raywards.train.runfolder import claim, refuse_folder_of_a_job
+from raywards.train.runfolder import (
+    claim,
+    fixed_settings,
+    refuse_folder_of_a_job,
+    settings_to_continue,
+)
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
-from raywards.train.worker import Job, global_batch, may_be_half
-from raywards.train.zero import read_zero, zero_config
+from raywards.train.worker import Job, may_be_half
+from raywards.train.zero import default_stage, read_zero, zero_config
 
 logger = logging.getLogger(__name__)
 
@@ -154,23 +159,21 @@ class RewardTrainer:
         started = time.monotonic()
         if self.args.use_cpu and self.args.use_gpu:
             raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
-        if isinstance(self.args.deepspeed, str) and not self.args.deepspeed.isdigit():
-            # A file is read once, here: workers run elsewhere, and its content is what counts.
-            self.args.deepspeed = read_zero(self.args.deepspeed)
+        settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.
         zero_config(
             self.args,
-            num_ranks=max(1, self.args.num_workers),
+            settings["deepspeed"],
+            num_ranks=self._most_ranks,
+            global_batch=settings["global_batch"],
             bf16=self._bf16,
-            half_weights=may_be_half(self._model, self._model_kwargs),
         )
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
                 "RewardTrainer was given none."
             )
-        self._check_model()
-        job = self._prepare_job()
+        job = self._prepare_job(settings)
         freeze(self.args)
         use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
         log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
@@ -282,10 +285,29 @@ class RewardTrainer:
             return torch.cuda.is_available()
         return bool(connect().cluster_resources().get("GPU", 0) >= 1)
 
-    def _check_model(self) -> None:
-        """Read the config, so that a wrong model is refused before rows are encoded."""
-        if isinstance(self._model, str):
-            check_reward_model(self._model, self._model_kwargs)
+    @property
+    def _most_ranks(self) -> int:
+        return max(1, worker_range(self.args)[1])
+
+    def _fixed_settings(self, explicit: Path | None) -> dict[str, Any]:
+        """What must not change while the run is continued, but for the pairs, not known yet."""
+        half = may_be_half(self._model, self._model_kwargs)
+        stage = default_stage(most_ranks=self._most_ranks, half_weights=half)
+        facts = {
+            "model": self.model_id,
+            "model_files": describe_files(self._model, self._model_kwargs),
+            "rendering": self._rendering.fingerprint(),
+            "bf16": self._bf16,  # unset means True
+            "model_init_kwargs": {
+                name: str(value) for name, value in self._model_kwargs.items() if name != "token"
+            },
+            "global_batch": self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self._most_ranks,
+            # A file is read once, here: workers run elsewhere, and its content is what counts.
+            "deepspeed": read_zero(self.args.deepspeed or stage),
+        }
+        return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
 
     def _resume_point(self, asked: str | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
@@ -306,8 +328,8 @@ class RewardTrainer:
             )
         return None
 
-    def _prepare_job(self) -> Job:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+    def _prepare_job(self, settings: dict[str, Any]) -> Job:
+        encoding = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
         try:
             self.paths.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -317,28 +339,16 @@ class RewardTrainer:
             ) from None
         num_proc = self.args.dataset_num_proc or 1
         pairs = prepare(
-            self.train_dataset, self._rendering, settings, self.paths.prepared,
+            self.train_dataset, self._rendering, encoding, self.paths.prepared,
             name="train", num_proc=num_proc,
         )  # fmt: skip
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
-        self._refuse_empty_epoch(pairs)
-        identity = claim(
-            self.paths,
-            self.args,
-            {
-                "model": self.model_id,
-                "pairs": pairs.fingerprint,
-                "bf16": self._bf16,  # unset means True
-                "model_init_kwargs": {
-                    name: str(value)
-                    for name, value in self._model_kwargs.items()
-                    if name != "token"
-                },
-            },
-        )
+        self._refuse_empty_epoch(pairs, settings["global_batch"])
+        settings["pairs"] = pairs.fingerprint
+        claim(self.paths, self.args, settings)
         model = self._model
-        if not isinstance(model, str) and self.args.num_workers > 0:
+        if not isinstance(model, str) and self.args.num_workers != 0:
             # Workers are other processes: they load the given model from a folder.
             folder = self.paths.run / "initial-model"
             model.save_pretrained(folder)
@@ -351,7 +361,7 @@ class RewardTrainer:
             rendering=self._rendering,
             train=pairs.folder,
             evals={prefix: held_out.folder for prefix, held_out in evals.items()},
-            identity=identity,
+            settings=settings,
             about={
                 "base_model": self.model_id,
                 "revision": self._model_kwargs.get("revision"),
@@ -367,8 +377,7 @@ class RewardTrainer:
             last_ids=pairs.last_ids,
         )
 
-    def _refuse_empty_epoch(self, pairs: Prepared) -> None:
-        batch = global_batch(self.args, max(1, self.args.num_workers))
+    def _refuse_empty_epoch(self, pairs: Prepared, batch: int) -> None:
         if self.args.dataloader_drop_last and pairs.num_pairs < batch:
             raise ConfigError(
                 f"dataloader_drop_last=True leaves nothing to train: there are {pairs.num_pairs} "
@@ -377,7 +386,9 @@ class RewardTrainer:
             )
 
     def _plan_in_words(self, job: Job, use_gpu: bool) -> str:
-        workers = f"{self.args.num_workers} workers" if self.args.num_workers else "one process"
+        fewest, most = worker_range(self.args)
+        workers = f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
+        workers = workers if most else "one process"
         device = "GPU" if use_gpu else "CPU"
         pairs = job.about["num_pairs"]
         return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"

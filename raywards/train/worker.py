@@ -5,6 +5,7 @@ What is done with them, step by step, is in `loop`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -24,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
 
+import raywards
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
 from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
@@ -33,7 +35,9 @@ from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
+from raywards.train.reshard import load_resharded, resharded
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
+from raywards.train.runfolder import checkpoint_settings, refuse_other_run
 from raywards.train.session import Session
 from raywards.train.table import PairTable
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
@@ -57,8 +61,8 @@ class Job:
     """Prepared folder."""
     evals: dict[str, Path]
     """Prepared folders by the prefix of their metrics."""
-    identity: str
-    """Digest of what must not change between attempts: model, pairs, settings."""
+    settings: dict[str, Any]
+    """What must not change while the run is continued (`runfolder.fixed_settings`)."""
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
@@ -119,6 +123,19 @@ class Clipper:
             )
 
 
+@contextlib.contextmanager
+def open_worker(job: Job, session: Session) -> Iterator[Worker]:
+    """A worker for the time of the block; afterwards the model is as transformers made it."""
+    try:
+        worker = build_worker(job, session)
+        try:
+            yield worker
+        finally:
+            worker.engine.module.unwrap()  # it may be the caller's own model
+    finally:
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition what this process loads next
+
+
 def build_worker(job: Job, session: Session) -> Worker:
     """Model, engine, pairs and plan of this rank."""
     config = job.config
@@ -126,9 +143,10 @@ def build_worker(job: Job, session: Session) -> Worker:
     bf16 = config.bf16 if config.bf16 is not None else True
     settings = zero_config(
         config,
+        job.settings["deepspeed"],
         num_ranks=session.world_size,
+        global_batch=job.settings["global_batch"],
         bf16=bf16,
-        half_weights=may_be_half(job.model, job.model_kwargs),
     )
     if not on_gpu:  # on GPUs DeepSpeed does without this op
         build_ops(say=lambda text: _note(session, text))
@@ -146,7 +164,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     pairs = PairTable(job.train)
     plan = TrainPlan(
         num_pairs=len(pairs),
-        global_batch=global_batch(config, session.world_size),
+        global_batch=job.settings["global_batch"],
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,
@@ -316,11 +334,6 @@ def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim
     )
 
 
-def global_batch(config: RewardConfig, num_ranks: int) -> int:
-    """Pairs of one optimizer step over all workers."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks
-
-
 def count_steps(config: RewardConfig, plan: TrainPlan) -> int:
     """Optimizer steps of the whole run."""
     if config.max_steps > 0:
@@ -343,9 +356,7 @@ def save(worker: Worker) -> None:
     name = f"checkpoint-{state.step:06d}-{session.attempt}"
     folder = session.scratch(name)
     window = worker.metrics.gather_on_first_rank(session.rank)
-    client_state = {
-        "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
-    }
+    client_state = {"raywards": {**dataclasses.asdict(state), "window": window}}
     worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
     torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
 
@@ -355,7 +366,8 @@ def save(worker: Worker) -> None:
     if session.rank == 0:
         content = {
             "kind": "checkpoint",
-            "identity": worker.job.identity,
+            "raywards": raywards.__version__,
+            "settings": worker.job.settings,
             "num_ranks": session.world_size,
             **dataclasses.asdict(state),
         }
@@ -370,31 +382,44 @@ def resume(worker: Worker) -> State:
             return worker.state
         manifest = read_manifest(folder, kind="checkpoint")
         check_fits(folder, manifest, worker)
-        path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
-        saved = dict(client_state["raywards"])
-        saved.pop("ranks")
+        saved = dict(load_engine(worker, folder, manifest)["raywards"])
         worker.metrics.restore(saved.pop("window"), worker.session.rank)
         worker.state = State(**saved)
         file = folder / f"random-{worker.session.rank}.pt"
-        _set_random_state(torch.load(file, weights_only=False), worker.session.device)
+        if file.is_file():
+            _set_random_state(torch.load(file, weights_only=False), worker.session.device)
+        else:  # of a rank that was not there: its dropout starts from a seed of its own
+            own = 7919 * worker.state.step + worker.session.rank
+            transformers.set_seed((worker.job.config.seed + own) % 2**32)
     return worker.state
+
+
+def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights, optimizer and schedule of a checkpoint, written by any number of ranks.
+
+    A collective. Returns what `save` handed DeepSpeed besides.
+    """
+    engine, session = worker.engine, worker.session
+    stage = engine.zero_optimization_stage()
+    if stage == 0 or manifest["num_ranks"] == session.world_size:
+        path, client_state = engine.load_checkpoint(str(folder), tag=_TAG)
+    else:
+        _note(
+            session,
+            f"{folder.name} is of {manifest['num_ranks']} workers and there are "
+            f"{session.world_size} now: its ZeRO-{stage} shards are converted.",
+        )
+        with resharded(folder / _TAG, worker.job.paths.run, session.rank) as converted:
+            path, client_state = load_resharded(engine, converted)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
+    return dict(client_state)
 
 
 def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
     """Refuse a checkpoint of another run: to go on would train something nobody asked for."""
-    if manifest["identity"] != worker.job.identity:
-        raise CheckpointError(
-            f"{folder}: is of another run: of another model, other pairs or other settings. Give "
-            "this run another output_dir or run_name, or go back to the settings in its run.json."
-        )
-    if manifest["num_ranks"] != worker.session.world_size:
-        raise CheckpointError(
-            f"{folder}: was written by {manifest['num_ranks']} workers, and this run has "
-            f"{worker.session.world_size}: resuming at another number of workers is not supported "
-            f"yet. Set num_workers={manifest['num_ranks']}."
-        )
+    theirs = checkpoint_settings(folder, manifest)
+    refuse_other_run(f"{folder}: is", theirs, worker.job.settings)
 
 
 def export(worker: Worker) -> None:
