@@ -182,6 +182,9 @@ class RewardConfig:
     """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU. `[1, 4]`
     takes what the cluster has: with a node fewer it goes on with fewer workers, and takes more when
     they come. It may change from start to start: the global batch stays that of the first one."""
+    elastic_resize_monitor_interval_s: Interval = 60.0
+    """With a range of workers: seconds between two looks whether the cluster has room for more. A
+    resize starts the workers again from the newest checkpoint."""
     use_gpu: bool | None = None
     """One GPU a worker. Default: where the cluster has any; say it where GPU nodes come on demand.
     `use_cpu=True`, TRL's name, says no."""

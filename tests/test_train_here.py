@@ -308,8 +308,12 @@ def test_a_run_with_other_settings_or_pairs_is_refused(model: Path, tmp_path: Pa
 
 def test_a_finished_run_started_again_trains_nothing_more(model: Path, tmp_path: Path) -> None:
     first = run(model, tmp_path / "run", num_train_epochs=1)
+    log = tmp_path / "run" / "metrics.jsonl"
+    # A driver that is killed has not fetched the last records: they are in the checkpoint.
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-2]))
     again = run(model, tmp_path / "run", num_train_epochs=1)
     assert again.state.log_history == first.state.log_history
+    assert [json.loads(line) for line in log.read_text().splitlines()] == first.state.log_history
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(model: Path, tmp_path: Path) -> None:
@@ -471,7 +475,7 @@ def test_an_older_checkpoint_does_not_pass_for_the_newest(model: Path, tmp_path:
         train_dataset=datasets.Dataset.from_list(ROWS),
     )
     elsewhere.train(resume_from_checkpoint=str(oldest))
-    assert losses(elsewhere) == losses(first)[3:]
+    assert losses(elsewhere) == losses(first), "the log of a lineage begins with its first step"
     assert same_weights(tmp_path / "run", tmp_path / "again") == 0.0
 
 

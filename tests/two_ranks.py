@@ -1,7 +1,7 @@
 """Two ranks of the training loop without Ray: processes with a gloo group and a session of theirs.
 
-For what is about ranks, not about Ray: it starts once for many jobs, and can stop a run where a test
-wants it to.
+For what is about ranks, not about Ray: it starts once for many jobs, and can stop a run where a
+test wants it to.
 """
 
 from __future__ import annotations

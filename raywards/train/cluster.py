@@ -6,10 +6,12 @@ meet again, no.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from raywards.train.session import RaySession
 from raywards.train.worker import Job
 
 logger = logging.getLogger(__name__)
+
+_START_TIMEOUT, _START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15"
 
 
 def connect() -> Any:
@@ -66,6 +70,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
             num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.elastic_resize_monitor_interval_s,
         ),
         run_config=RunConfig(
             name=paths.name,
@@ -78,7 +83,8 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
     _tell_if_it_must_wait(ray, log, fewest, resources, use_gpu)
     reader = _Reader(ray, mailbox, log)
     try:
-        trainer.fit()
+        with _prompt_restarts(ray, elastic=fewest < most):
+            trainer.fit()
     except Exception as error:
         reader.close()
         if reader.error is None:
@@ -91,6 +97,26 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         ray.kill(mailbox)
     if reader.error is not None:
         raise reader.error
+
+
+@contextlib.contextmanager
+def _prompt_restarts(ray: Any, *, elastic: bool) -> Iterator[None]:
+    """Inside, workers that do not start are given up sooner, unless the environment says when.
+
+    After a node is lost, Ray counts on it until the cluster has noticed (10 to 30 s), and waits for
+    workers there as long as it waits for any: a minute, which leaves time to install packages. So
+    it is shortened only where none are installed, and only where fewer workers would do.
+    """
+    environment = ray.get_runtime_context().runtime_env
+    installs = any(environment.get(name) for name in ("pip", "uv", "conda", "image_uri"))
+    if not elastic or installs or _START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT] = _START_TIMEOUT_S
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT]
 
 
 def _environment(cpus: int, use_gpu: bool) -> dict[str, str]:

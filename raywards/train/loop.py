@@ -46,7 +46,8 @@ def run(worker: Worker) -> None:
     state = resume(worker)
     clock = Clock()
     if session.rank == 0:
-        session.send("start", {"step": state.step, "total": worker.total_steps})
+        start = {"step": state.step, "total": worker.total_steps, "history": worker.history}
+        session.send("start", start)
     if config.eval_on_start and state.step == 0:
         evaluate(worker)
 
@@ -236,7 +237,7 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
             "learning_rate": learning_rate,
             "pairs_per_second": num_pairs / clock.lap(),
         }
-        worker.session.send("log", {k: v for k, v in record.items() if v is not None})
+        worker.log({k: v for k, v in record.items() if v is not None})
 
 
 @torch.no_grad()
@@ -258,7 +259,7 @@ def evaluate(worker: Worker) -> None:
         record.update({f"{prefix}_{name}": value for name, value in values.items()})
     if session.rank == 0 and record:
         epoch = worker.state.step / worker.plan.steps_per_epoch
-        session.send("log", {"step": worker.state.step, "epoch": epoch, **record})
+        worker.log({"step": worker.state.step, "epoch": epoch, **record})
 
 
 @torch.no_grad()

@@ -19,10 +19,9 @@ _MAY_CHANGE = {
     "output_dir", "storage_path", "run_name", "disable_tqdm", "logging_steps", "logging_first_step",
     "eval_strategy", "eval_steps", "eval_on_start", "per_device_eval_batch_size", "save_strategy",
     "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
-    "hub_private_repo", "num_workers", "max_failures", "ddp_timeout", "dataset_num_proc",
-    "resources_per_worker",
-    "use_gpu", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "max_tokens_per_row",
+    "hub_private_repo", "num_workers", "elastic_resize_monitor_interval_s", "max_failures",
+    "ddp_timeout", "dataset_num_proc", "resources_per_worker", "use_gpu", "use_cpu",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_tokens_per_row",
 }  # fmt: skip
 
 

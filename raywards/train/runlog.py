@@ -54,12 +54,11 @@ class RunLog:
             self._board.close()
 
     def _start(self, record: dict[str, Any]) -> None:
-        """An attempt begins at `step`: what was logged beyond it belongs to lost work."""
+        """An attempt begins at `step`: its `history` is the lineage, and what was logged beyond it
+        belongs to lost work."""
         self.first_step, total = record["step"], record["total"]
-        if self.first_step == 0:
-            self.history = []
         lost = [entry for entry in self.history if entry["step"] > self.first_step]
-        self.history = [entry for entry in self.history if entry["step"] <= self.first_step]
+        self.history = list(record["history"])
         self._rewrite()
         self._open_board()
         self._started = time.monotonic()

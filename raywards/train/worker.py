@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import random
@@ -45,6 +46,7 @@ from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_conf
 logger = logging.getLogger(__name__)
 
 _TAG = "engine"
+_LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,13 @@ class Worker:
     export_dtype: torch.dtype
     clipper: Clipper | None = None
     state: State = field(default_factory=State)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """On rank 0: every record of the lineage of the weights."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep a record and hand it to the driver; rank 0 alone calls it."""
+        self.history.append(record)
+        self.session.send("log", record)
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
@@ -360,6 +369,10 @@ def save(worker: Worker) -> None:
     worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
     torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
 
+    if session.rank == 0:
+        # The driver may die before it has fetched the last ones.
+        lines = (json.dumps(record) + "\n" for record in worker.history)
+        (folder / _LOG).write_text("".join(lines), encoding="utf-8")
     parts: list[Any] = [None] * session.world_size
     torch.distributed.all_gather_object(parts, list_files(folder))
     files = {file: size for part in parts for file, size in part.items()}
@@ -385,6 +398,9 @@ def resume(worker: Worker) -> State:
         saved = dict(load_engine(worker, folder, manifest)["raywards"])
         worker.metrics.restore(saved.pop("window"), worker.session.rank)
         worker.state = State(**saved)
+        if worker.session.rank == 0:
+            lines = (folder / _LOG).read_text(encoding="utf-8").splitlines()
+            worker.history = [json.loads(line) for line in lines]
         file = folder / f"random-{worker.session.rank}.pt"
         if file.is_file():
             _set_random_state(torch.load(file, weights_only=False), worker.session.device)
