@@ -27,7 +27,7 @@ from raywards.packing import (
     group_by_prefix,
     pack,
     pack_alone,
-    pack_pairs,
+    pack_groups,
     pooled_position,
 )
 
@@ -180,8 +180,7 @@ def test_the_drawn_cases_hold_what_the_tests_above_are_about() -> None:
 @quick
 @given(st.lists(st.tuples(*[st.lists(st.integers(0, 2), min_size=1, max_size=9)] * 2), min_size=1))
 def test_pairs_share_their_longest_common_prefix(pairs: list[tuple[list[int], list[int]]]) -> None:
-    chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-    row = pack_pairs(chosen, rejected)
+    row = pack_groups(pairs)
     assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == [
         side for pair in pairs for side in pair
     ]
@@ -200,16 +199,16 @@ def test_alone_nothing_is_shared(rows: list[list[int]]) -> None:
 
 
 def test_a_layout_can_be_compared_hashed_and_pickled() -> None:
-    row, again = (pack_pairs([[1, 2, 3]], [[1, 4]]) for _ in range(2))
+    row, again = (pack_groups([[[1, 2, 3], [1, 4]]]) for _ in range(2))
     assert row.layout == again.layout
     assert hash(row.layout) == hash(again.layout)
     assert pickle.loads(pickle.dumps(row.layout)) == row.layout
-    assert row.layout != pack_pairs([[1, 2, 3]], [[1, 2]]).layout
+    assert row.layout != pack_groups([[[1, 2, 3], [1, 2]]]).layout
     assert row.layout != replace(row.layout, pooled=None)
 
 
 def test_a_row_moves_to_a_device_with_its_tensors_and_keeps_its_layout() -> None:
-    row = pack_pairs([[1, 2, 3]], [[1, 4]])
+    row = pack_groups([[[1, 2, 3], [1, 4]]])
     moved = row.to(torch.device("meta"))
     for tensor in (moved.input_ids, moved.positions, moved.pooled):
         assert tensor.device.type == "meta"

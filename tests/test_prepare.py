@@ -15,7 +15,7 @@ import pytest
 from tiny import chatml_tokenizer, llama_like_tokenizer
 
 from raywards.errors import ConfigError, RowError
-from raywards.packing import pack_pairs
+from raywards.packing import pack_groups
 from raywards.preferences import encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef
@@ -68,7 +68,7 @@ def encoded(rows: list[dict[str, Any]], rendering: Rendering) -> list[tuple[Any,
 
 
 def read_back(prepared: Prepared) -> list[tuple[Any, ...]]:
-    return [(p["chosen_ids"], p["rejected_ids"], p["margin"]) for p in table_of(prepared)]
+    return [(*p["sequences"], p["margin"]) for p in table_of(prepared)]
 
 
 # ---------------------------------------------------------------- what is written
@@ -93,11 +93,11 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     table = PairTable(prepared.folder)
     assert table.lengths == [max(len(chosen), len(rejected)) for chosen, rejected, _ in expected]
     assert table.tokens == [
-        len(pack_pairs([chosen], [rejected]).input_ids) for chosen, rejected, _ in expected
+        len(pack_groups([[chosen, rejected]]).input_ids) for chosen, rejected, _ in expected
     ]
     shared = sum(len(a) + len(b) for a, b, _ in expected) - sum(table.tokens)
     assert (shared > 0) == (make is chat_rows)
-    assert table.take([29, 0])["chosen_ids"] == [expected[29][0], expected[0][0]]
+    assert table.take([29, 0])["sequences"] == [list(expected[i][:2]) for i in (29, 0)]
     assert [pair["row"] for pair in table_of(prepared)] == list(range(30))
     ends = {ids[-1] for chosen, rejected, _ in expected for ids in (chosen, rejected)}
     assert prepared.last_ids == sorted(ends)

@@ -21,8 +21,16 @@ from transformers.trainer_utils import TrainOutput
 
 import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
-from raywards.config import RewardConfig, RunPaths, as_dict, freeze
+from raywards.config import (
+    RewardConfig,
+    RunPaths,
+    as_dict,
+    attribute_weights,
+    check_objective,
+    freeze,
+)
 from raywards.errors import CheckpointError, ConfigError, TrainingError
+from raywards.heads import restore_heads, widen_head
 from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
 from raywards.rendering import Rendering
 from raywards.train.cluster import connect, run_on_ray
@@ -126,6 +134,11 @@ class RewardTrainer:
             chat_template_path=self.args.chat_template_path,
         )
         self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
+        if not isinstance(model, str) and self.args.attributes:
+            raise ConfigError(
+                "attributes: a model that is loaded already has a head with one output. Pass its "
+                "path, and it gets one for each attribute."
+            )
         if not isinstance(model, str) and model.config.num_labels != 1:
             raise ConfigError(
                 f"model: has num_labels={model.config.num_labels}; reward models require "
@@ -202,6 +215,11 @@ class RewardTrainer:
             raise ConfigError("eval_dataset: is required: none was given here or to RewardTrainer.")
         prepared = self._prepare_evals(source, metric_key_prefix)
         model = self.model
+        if attributes := attribute_weights(self.args):
+            if self.state.global_step > 0:
+                restore_heads(model, self.paths.export, attributes)
+            else:
+                widen_head(model, attributes, self.args.seed)
         if self._use_gpu() and torch.cuda.is_available():
             model = model.to("cuda")
         metrics: dict[str, float] = {}
@@ -284,8 +302,18 @@ class RewardTrainer:
 
     def _check_model(self) -> None:
         """Read the config, so that a wrong model is refused before rows are encoded."""
+        check_objective(self.args)
         if isinstance(self._model, str):
             check_reward_model(self._model, self._model_kwargs)
+
+    def _encode_settings(self) -> EncodeSettings:
+        return EncodeSettings(
+            self.args.max_length,
+            self.args.truncation,
+            self.args.on_bad_row,
+            self.args.objective,
+            tuple(self.args.attributes or ()),
+        )
 
     def _resume_point(self, asked: str | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
@@ -307,7 +335,7 @@ class RewardTrainer:
         return None
 
     def _prepare_job(self) -> Job:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        settings = self._encode_settings()
         try:
             self.paths.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -383,7 +411,7 @@ class RewardTrainer:
         return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        settings = self._encode_settings()
         import datasets
 
         named = isinstance(source, Mapping) and not isinstance(source, datasets.Dataset)
