@@ -222,7 +222,8 @@ def _encode_rating(
     if row.get("text") is not None and row.get("response") is not None:
         seen, expected = "stands beside response", "one of the two"
         refuse_row(where, "text", "two_texts", seen, expected, "remove the one that is not rated")
-    if row.get("response") is not None:
+    field = "text" if row.get("response") is None else "response"
+    if field == "response":
         [ids] = render_answers(row, where, rendering, {"response": row["response"]})
     else:
         if row.get("text") is None:
@@ -237,7 +238,7 @@ def _encode_rating(
         [ids] = render_answers(row, where, rendering, {"text": row["text"]})
     if max_length is not None and len(ids) > max_length:
         if truncation == "drop":
-            _refuse_long(where, "text", [ids], max_length)
+            _refuse_long(where, field, [ids], max_length)
         ids = truncate(ids, max_length, truncation)
     return Rating(ids, scores)
 

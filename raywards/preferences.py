@@ -37,7 +37,7 @@ PairTruncation: TypeAlias = Literal["drop", "left", "right"]
 REASONS: dict[str, str] = {
     "not_json": "a line or file is not JSON",
     "not_object": "a row is not a JSON object",
-    "missing_field": "chosen or rejected is missing or None",
+    "missing_field": "a field that is needed, such as chosen or rejected, is missing or None",
     "not_text": "a field is neither text nor a list of messages",
     "mixed_types": "prompt, chosen and rejected are not of one kind",
     "empty": "a text, a conversation or a list of ids is empty",

@@ -29,6 +29,7 @@ from raywards.packing import (
     pack_alone,
     pack_groups,
     pooled_position,
+    shared_prefix,
 )
 
 PAD = 3
@@ -187,6 +188,32 @@ def test_pairs_share_their_longest_common_prefix(pairs: list[tuple[list[int], li
     assert len(row.input_ids) == sum(
         len(one) + len(other) - naive_common_prefix(one, other) for one, other in pairs
     )
+
+
+@quick
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_groups_share_what_all_of_their_sequences_have_in_common(
+    groups: list[list[list[int]]],
+) -> None:
+    row = pack_groups(groups)
+    flat = [ids for group in groups for ids in group]
+    assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == flat
+    shared = [
+        0 if len(group) == 1 else min(naive_common_prefix(a, b) for a in group for b in group)
+        for group in groups
+    ]
+    assert [shared_prefix(group) for group in groups] == shared
+    different = [len(set(map(tuple, group))) == len(group) for group in groups]
+    for group, prefix, counted in zip(groups, shared, different, strict=True):
+        tokens = sum(map(len, group)) - (len(group) - 1) * prefix
+        if counted:  # equal sequences, which no row has, are stored once
+            assert len(pack_groups([group]).input_ids) == tokens
 
 
 @quick

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,56 @@ def test_a_number_that_some_rows_of_a_file_have_is_missed_in_the_others(
         row[name] = 0.5
     both = [tmp_path / "without.jsonl", write(tmp_path / "with.jsonl", rows)]
     assert prepare(both, rendering, SETTINGS, tmp_path, name="t").num_pairs == 8
+
+
+RANKED = EncodeSettings(64, "drop", "error", "all_pairs")
+RATED = EncodeSettings(64, "drop", "error", "regression", ("helpful", "long"))
+
+
+def test_rankings_and_pairs_among_them_are_kept(tmp_path: Path, rendering: Rendering) -> None:
+    rows = [
+        {"prompt": "same start ", "responses": ["one", "two two", "three"], "ranks": [2, 9, 2]},
+        {"chosen": "good", "rejected": "bad", "probability": 0.75},
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepared = prepare(source, rendering, RANKED, tmp_path, name="t")
+    ranking, pair = table_of(prepared)
+    assert ranking["ranks"] == [1.0, 2.0, 1.0]
+    assert pair["ranks"] is None
+    assert pair["probability"] == 0.75
+    assert ranking["probability"] is None
+    assert pair["sequences"] == [rendering.encode_text(text) for text in ("good", "bad")]
+    texts = ["same start one", "same start two two", "same start three"]
+    assert ranking["sequences"] == [rendering.encode_text(text) for text in texts]
+    table = PairTable(prepared.folder)
+    for index, group in enumerate((ranking, pair)):
+        assert table.tokens[index] == len(pack_groups([group["sequences"]]).input_ids)
+        assert table.lengths[index] == max(map(len, group["sequences"]))
+    assert table.tokens[0] < sum(map(len, ranking["sequences"]))
+    assert table.most_sequences == 3
+
+
+def test_scores_are_kept_and_where_one_is_missing(tmp_path: Path, rendering: Rendering) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [
+        {"text": "fine", "helpful": 2, "long": 0.5},
+        {"text": chat, "long": -1},
+        {"prompt": chat[:1], "response": chat[1:], "helpful": 0},
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepared = prepare(source, rendering, RATED, tmp_path, name="t")
+    found = table_of(prepared)
+    assert [row["scores"] for row in found] == [[2.0, 0.5], [None, -1.0], [0.0, None]]
+    assert found[1]["sequences"] == found[2]["sequences"]
+    assert found[0]["sequences"] == [rendering.encode_text("fine")]
+    assert prepared.conversational
+    table = PairTable(prepared.folder)
+    assert table.tokens == table.lengths == [len(row["sequences"][0]) for row in found]
+    assert table.most_sequences == 1
+    again = prepare(source, rendering, replace(RATED, attributes=("long",), on_bad_row="drop"),
+                    tmp_path, name="t")  # fmt: skip
+    assert again.fingerprint != prepared.fingerprint
+    assert again.dropped == {"missing_score": 1}
 
 
 def test_rows_left_out_are_counted_by_reason(tmp_path: Path, rendering: Rendering) -> None:
