@@ -1,8 +1,9 @@
 """What every worker runs: read `train` first. It knows no Ray; `session` is its way to the outside.
 
-The global batch, the pairs of one optimizer step over all workers, is the unit. Its loss is the sum
-over its pairs, divided by their number, at any number of workers and forwards. DeepSpeed divides
-the sum over the ranks by their number, so each rank multiplies by it.
+The global batch, the pairs (or other groups: see `objectives`) of one optimizer step over all
+workers, is the unit. Its loss is the sum over its groups, divided by their number, at any number of
+workers and forwards. DeepSpeed divides the sum over the ranks by their number, so each rank
+multiplies by it.
 """
 
 from __future__ import annotations
