@@ -19,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +139,7 @@ def export_model(
     dtype: torch.dtype,
     training: Mapping[str, Any],
     last_ids: Iterable[int] = (),
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write an ordinary Hugging Face folder to score with, and return its manifest.
 
@@ -149,6 +151,7 @@ def export_model(
         dtype: Type of the stored weights.
         training: What the manifest tells of the run: base model, rows, steps, settings.
         last_ids: Ids that ended a training sequence; none of them becomes the pad token.
+        beside: Further files of the folder, name to text.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
@@ -168,6 +171,8 @@ def export_model(
         taken = {*last_ids, *(ids[-1] for ids in sequences), tokenizer.eos_token_id}
         _write_pad_token(partial, tokenizer, taken)
         _edit_config(partial, dtype=str(dtype).removeprefix("torch."))
+        for name, text in beside.items():
+            (partial / name).write_text(text, encoding="utf-8")
         manifest = _describe_export(partial, sequences, rendering, dtype, training)
         write_manifest(partial, manifest, list_files(partial))
         _replace_folder(partial, folder)

@@ -9,6 +9,7 @@ flags into these classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,9 @@ Interval = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # HfArgumentParser hands a `dict | str | None` over as text: JSON is accepted there.
 Mapped = dict[str, Any] | str | None
+Objective = Literal["bradley_terry", "plackett_luce", "all_pairs", "regression"]
+
+_COLUMNS_OF_TEXTS = ("text", "prompt", "response", "tools", "chat_template_kwargs")
 
 # Torch reads it at a process's first tensor and then asks Linux for pages of 2 MiB for large ones.
 # With the usual 4 KiB, a forward on a CPU spends up to a fifth of its time on page faults.
@@ -123,8 +127,17 @@ class RewardConfig:
     """Arguments of `torch.utils.checkpoint`; default `{"use_reentrant": false}`."""
     disable_dropout: bool = True
     """Set every dropout probability to zero before training."""
+    objective: Objective = "bradley_terry"
+    """What is trained: `bradley_terry` on pairs, `plackett_luce` or `all_pairs` on rankings of two
+    or more responses (and on pairs among them), `regression` on texts with a score
+    (docs/objectives.md)."""
+    attributes: Mapped = None
+    """Columns of scores for `regression`, each with its weight in the exported reward, for instance
+    `{"helpfulness": 0.8, "verbosity": -0.2}`. Each is trained as a head of its own. Default: the
+    one column `score`."""
     center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = None
-    """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual."""
+    """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual. Of
+    a ranking it is the square of twice its mean reward."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the labels taken to be the wrong way round, as in TRL's DPOConfig; 0.1 is usual."""
 
@@ -229,6 +242,7 @@ class RewardConfig:
         "lr_scheduler_kwargs",
         "gradient_checkpointing_kwargs",
         "resources_per_worker",
+        "attributes",
     )
     @classmethod
     def _json_mapping(cls, value: Any) -> Any:
@@ -251,6 +265,25 @@ class RewardConfig:
         raise ValueError(
             "expected a number of workers, or the fewest and the most of them as in `[1, 4]`"
         )
+
+    @field_validator("attributes")
+    @classmethod
+    def _weights_by_column(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        expected = 'expected columns with a weight each, such as {"helpfulness": 0.8}'
+        numbers = (int, float)
+        for name, weight in value.items():
+            if not isinstance(name, str) or name in ("", *_COLUMNS_OF_TEXTS):
+                raise ValueError(f"{name!r} is no column of scores; {expected}")
+            if isinstance(weight, bool) or not isinstance(weight, numbers):
+                raise ValueError(f"the weight of {name!r} is {weight!r}; {expected}")
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight!r}; expected a finite number")
+        if not any(value.values()):
+            raise ValueError(f"no weight but 0: every reward would be 0; {expected}")
+        # One order, so that a resumed run has the rows of its head in the same places.
+        return {name: float(value[name]) for name in sorted(value)}
 
     @field_validator("max_steps")
     @classmethod
@@ -275,6 +308,39 @@ def worker_range(config: RewardConfig) -> tuple[int, int]:
     given = config.num_workers
     assert not isinstance(given, str), "the validator turns text into numbers"
     return (given, given) if isinstance(given, int) else (given[0], given[1])
+
+
+def attribute_weights(config: RewardConfig) -> dict[str, float]:
+    """Weight in the exported reward of each attribute; empty where there is only `score`."""
+    weights = config.attributes or {}
+    assert isinstance(weights, dict)
+    return weights
+
+
+def check_objective(config: RewardConfig) -> None:
+    """Raise `ConfigError` for settings that mean nothing under the objective.
+
+    Called when settings are made and when training starts, not at each assignment: a script may
+    assign them in any order.
+    """
+    name = config.objective
+    if config.attributes is not None and name != "regression":
+        raise ConfigError(
+            f"attributes: objective={name!r} has one reward to train, not several scores. Set "
+            "objective='regression', or leave attributes out."
+        )
+    if config.label_smoothing and name in ("plackett_luce", "regression"):
+        instead = " 'all_pairs' or" if name == "plackett_luce" else ""
+        raise ConfigError(
+            f"label_smoothing={config.label_smoothing:g}: is of pairs, and objective={name!r} has "
+            f"no label that could be the wrong way round. Leave it out, or set objective to"
+            f"{instead} 'bradley_terry'."
+        )
+    if config.center_rewards_coefficient and name == "regression":
+        raise ConfigError(
+            "center_rewards_coefficient: with objective='regression' the scores say where zero is. "
+            "Leave it out."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,6 +542,7 @@ def _speak_plainly() -> None:
             validated_init(self, **ours)
         except ValidationError as error:
             raise ConfigError(describe(error, RewardConfig)) from None
+        check_objective(self)
 
     def __setattr__(self: RewardConfig, name: str, value: Any) -> None:
         if self.__dict__.get("_frozen"):

@@ -3,8 +3,9 @@
     sequences ─group─► prefix + branches ─plan─► rows of bounded cost ─pack─► PackedRow
 
 A row holds groups end to end; a group is a common prefix, stored once, and its branches. Training
-shares what the sides of a pair have in common. Scoring splits a sequence at a place that depends on
-that sequence alone, so that who else is in the row changes nothing but the speed.
+shares what the sides of a pair have in common, or all responses of a ranking. Scoring splits a
+sequence at a place that depends on that sequence alone, so that who else is in the row changes
+nothing but the speed.
 
 The unit of training is the global batch: the pairs of one optimizer step over all workers. Its
 members follow from (seed, epoch, step) alone; how they are dealt to workers and rows changes
@@ -14,6 +15,7 @@ nothing but the speed.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -169,14 +171,18 @@ def pack(
     )
 
 
-def pack_pairs(chosen: Sequence[Ids], rejected: Sequence[Ids]) -> PackedRow:
-    """P pairs in one row, each a group; rewards come as [P, 2], flattened: chosen, rejected, ..."""
-    sequences = [side for pair in zip(chosen, rejected, strict=True) for side in pair]
-    groups = [
-        Group(common_prefix(sequences[i], sequences[i + 1]), (i, i + 1))
-        for i in range(0, len(sequences), 2)
-    ]
-    return pack(sequences, groups)
+def pack_groups(groups: Sequence[Sequence[Ids]]) -> PackedRow:
+    """Groups of sequences in one row, each with its longest common prefix stored once.
+
+    Rewards come group by group: for pairs chosen, rejected, chosen, ...
+    """
+    sequences = [ids for group in groups for ids in group]
+    members = iter(range(len(sequences)))
+    return pack(
+        sequences,
+        [Group(shared_prefix(group), tuple(itertools.islice(members, len(group))))
+         for group in groups],
+    )  # fmt: skip
 
 
 def pack_alone(sequences: Sequence[Ids], *, skip_id: int | None = None) -> PackedRow:
@@ -205,6 +211,11 @@ def common_prefix(one: Ids, other: Ids) -> int:
         else:
             high = middle
     return low
+
+
+def shared_prefix(group: Sequence[Ids]) -> int:
+    """How many tokens all sequences of a group begin with in common; 0 for a sequence alone."""
+    return min((common_prefix(group[0], other) for other in group[1:]), default=0)
 
 
 def _pooled_layout(segments: Sequence[Segment], pooled: Sequence[int]) -> Layout:

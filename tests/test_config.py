@@ -20,6 +20,8 @@ from raywards.config import (
     ServeConfig,
     TrainJob,
     as_dict,
+    attribute_weights,
+    check_objective,
     freeze,
     worker_range,
 )
@@ -87,7 +89,61 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"output_dir": 3}, ["output_dir:", "string"]),
     ({"max_length": 0}, ["max_length:"]),
     ({"on_bad_row": "ignore"}, ["on_bad_row:", "'error' or 'drop'"]),
+    ({"objective": "dpo"}, ["objective:", "'plackett_luce'", "'dpo'"]),
+    ({"attributes": "helpfulness"}, ["attributes:", "mapping", "'helpfulness'"]),
+    ({"attributes": {"helpful": "much"}}, ["attributes:", "'helpful' is 'much'", "weight"]),
+    ({"attributes": {"helpful": True}}, ["attributes:", "is True"]),
+    ({"attributes": {"helpful": float("inf")}}, ["attributes:", "finite number"]),
+    ({"attributes": {"text": 1}}, ["attributes:", "'text' is no column of scores"]),
+    ({"attributes": {2: 1}}, ["attributes"]),
+    ({"attributes": {"a": 0, "b": 0.0}}, ["attributes:", "every reward would be 0"]),
+    ({"attributes": {}}, ["attributes:", "every reward would be 0"]),
 ]
+
+# Settings that mean nothing together.
+DISAGREEING: list[tuple[dict[str, Any], list[str]]] = [
+    ({"attributes": {"a": 1}}, ["attributes: objective='bradley_terry'", "'regression'"]),
+    ({"attributes": {"a": 1}, "objective": "all_pairs"}, ["attributes: objective='all_pairs'"]),
+    (
+        {"label_smoothing": 0.1, "objective": "plackett_luce"},
+        ["label_smoothing=0.1:", "'all_pairs' or 'bradley_terry'"],
+    ),
+    ({"label_smoothing": 0.1, "objective": "regression"}, ["label_smoothing=0.1:"]),
+    (
+        {"center_rewards_coefficient": 0.01, "objective": "regression"},
+        ["center_rewards_coefficient:", "where zero is"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), DISAGREEING)
+def test_settings_that_mean_nothing_under_an_objective_are_refused_by_name(
+    settings: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RewardConfig(**settings)
+    assert all(part in one_screen(caught.value) for part in told), str(caught.value)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=told[0].partition(":")[0]):
+        read("--config", str(file))
+    config = RewardConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)  # in any order: the last one may mend it
+    with pytest.raises(ConfigError) as caught:
+        check_objective(config)
+    assert told[0] in str(caught.value)
+
+
+def test_settings_that_go_with_an_objective_are_taken() -> None:
+    RewardConfig(objective="all_pairs", label_smoothing=0.1, center_rewards_coefficient=0.01)
+    RewardConfig(objective="plackett_luce", center_rewards_coefficient=0.01)
+    RewardConfig(objective="regression", center_rewards_coefficient=0.0, label_smoothing=0.0)
+    _, config = read("--objective", "regression", "--attributes", '{"b": 1, "a": -0.5}')
+    assert attribute_weights(config) == {"a": -0.5, "b": 1.0}
+    assert list(attribute_weights(config)) == ["a", "b"], "resuming needs one order"
+    assert attribute_weights(RewardConfig()) == {}
+    assert RewardConfig(**json.loads(json.dumps(as_dict(config)))) == config
 
 
 @pytest.mark.parametrize(("settings", "told"), MISTAKES, ids=lambda case: str(case)[:50])

@@ -11,7 +11,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import datasets
 import httpx
@@ -21,7 +21,9 @@ from tiny import chatml_tokenizer, tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer, ServeConfig
 from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.config import Objective
 from raywards.errors import RowError
+from raywards.groups import Rating, encode_group
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
 from raywards.schemas import NOT_BUILT, Message, RewardItem, RewardRequest, RewardResponse
@@ -120,6 +122,38 @@ def test_the_page_shows_every_column_and_a_prompt_changes_nothing(rendering: Ren
     implicit, explicit = rows[:2]
     assert "prompt" in explicit
     assert encode(implicit, rendering) == encode(explicit, rendering)
+
+
+# ---------------------------------------------------------------- objectives.md
+
+
+OBJECTIVES = (DOCS / "objectives.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", blocks(OBJECTIVES, "json"), ids=lambda block: block.label)
+def test_every_row_of_an_objective_is_taken_by_it(block: Block, rendering: Rendering) -> None:
+    objective, *attributes = block.label.split()
+    for line in block.text.splitlines():
+        group = encode_group(
+            json.loads(line),
+            RowRef("objectives.md", 0),
+            rendering,
+            objective=cast(Any, objective),
+            attributes=attributes,
+            max_length=1024,
+            truncation="drop",
+        )
+        if isinstance(group, Rating):
+            assert len(group.scores) == len(attributes or ["score"])
+        else:
+            assert len(group.sequences) > 1
+
+
+def test_every_objective_has_rows_on_one_of_the_pages() -> None:
+    shown = {block.label.split()[0] for block in blocks(OBJECTIVES, "json")}
+    named = set(get_args(Objective))
+    assert shown == named - {"bradley_terry"}
+    assert named <= words_in_code(OBJECTIVES)
 
 
 # ---------------------------------------------------------------- checkpoints.md

@@ -27,8 +27,9 @@ from raywards.packing import (
     group_by_prefix,
     pack,
     pack_alone,
-    pack_pairs,
+    pack_groups,
     pooled_position,
+    shared_prefix,
 )
 
 PAD = 3
@@ -180,14 +181,39 @@ def test_the_drawn_cases_hold_what_the_tests_above_are_about() -> None:
 @quick
 @given(st.lists(st.tuples(*[st.lists(st.integers(0, 2), min_size=1, max_size=9)] * 2), min_size=1))
 def test_pairs_share_their_longest_common_prefix(pairs: list[tuple[list[int], list[int]]]) -> None:
-    chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-    row = pack_pairs(chosen, rejected)
+    row = pack_groups(pairs)
     assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == [
         side for pair in pairs for side in pair
     ]
     assert len(row.input_ids) == sum(
         len(one) + len(other) - naive_common_prefix(one, other) for one, other in pairs
     )
+
+
+@quick
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_groups_share_what_all_of_their_sequences_have_in_common(
+    groups: list[list[list[int]]],
+) -> None:
+    row = pack_groups(groups)
+    flat = [ids for group in groups for ids in group]
+    assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == flat
+    shared = [
+        0 if len(group) == 1 else min(naive_common_prefix(a, b) for a in group for b in group)
+        for group in groups
+    ]
+    assert [shared_prefix(group) for group in groups] == shared
+    different = [len(set(map(tuple, group))) == len(group) for group in groups]
+    for group, prefix, counted in zip(groups, shared, different, strict=True):
+        tokens = sum(map(len, group)) - (len(group) - 1) * prefix
+        if counted:  # equal sequences, which no row has, are stored once
+            assert len(pack_groups([group]).input_ids) == tokens
 
 
 @quick
@@ -200,16 +226,16 @@ def test_alone_nothing_is_shared(rows: list[list[int]]) -> None:
 
 
 def test_a_layout_can_be_compared_hashed_and_pickled() -> None:
-    row, again = (pack_pairs([[1, 2, 3]], [[1, 4]]) for _ in range(2))
+    row, again = (pack_groups([[[1, 2, 3], [1, 4]]]) for _ in range(2))
     assert row.layout == again.layout
     assert hash(row.layout) == hash(again.layout)
     assert pickle.loads(pickle.dumps(row.layout)) == row.layout
-    assert row.layout != pack_pairs([[1, 2, 3]], [[1, 2]]).layout
+    assert row.layout != pack_groups([[[1, 2, 3], [1, 2]]]).layout
     assert row.layout != replace(row.layout, pooled=None)
 
 
 def test_a_row_moves_to_a_device_with_its_tensors_and_keeps_its_layout() -> None:
-    row = pack_pairs([[1, 2, 3]], [[1, 4]])
+    row = pack_groups([[[1, 2, 3], [1, 4]]])
     moved = row.to(torch.device("meta"))
     for tensor in (moved.input_ids, moved.positions, moved.pooled):
         assert tensor.device.type == "meta"

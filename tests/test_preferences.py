@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+import test_groups
 from tiny import chatml_tokenizer, llama_like_tokenizer, tiny_qwen2
 
 from raywards import preferences
@@ -314,6 +315,7 @@ def test_a_bad_row_is_refused_with_file_row_and_field(name: str) -> None:
 
 def test_the_bad_rows_above_cover_every_reason_that_a_row_can_have() -> None:
     seen = {row[2] for row in BAD_ROWS.values()}
+    seen |= {row[3] for row in test_groups.BAD_ROWS.values()}
     elsewhere = {"not_json", "no_template", "control_token"}
     assert seen | elsewhere == set(REASONS)
 

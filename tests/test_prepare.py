@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from tiny import chatml_tokenizer, llama_like_tokenizer
 
 from raywards.errors import ConfigError, RowError
-from raywards.packing import pack_pairs
+from raywards.packing import pack_groups
 from raywards.preferences import encode_row
 from raywards.rendering import Rendering
 from raywards.sources import RowRef
@@ -68,7 +69,7 @@ def encoded(rows: list[dict[str, Any]], rendering: Rendering) -> list[tuple[Any,
 
 
 def read_back(prepared: Prepared) -> list[tuple[Any, ...]]:
-    return [(p["chosen_ids"], p["rejected_ids"], p["margin"]) for p in table_of(prepared)]
+    return [(*p["sequences"], p["margin"]) for p in table_of(prepared)]
 
 
 # ---------------------------------------------------------------- what is written
@@ -93,11 +94,11 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     table = PairTable(prepared.folder)
     assert table.lengths == [max(len(chosen), len(rejected)) for chosen, rejected, _ in expected]
     assert table.tokens == [
-        len(pack_pairs([chosen], [rejected]).input_ids) for chosen, rejected, _ in expected
+        len(pack_groups([[chosen, rejected]]).input_ids) for chosen, rejected, _ in expected
     ]
     shared = sum(len(a) + len(b) for a, b, _ in expected) - sum(table.tokens)
     assert (shared > 0) == (make is chat_rows)
-    assert table.take([29, 0])["chosen_ids"] == [expected[29][0], expected[0][0]]
+    assert table.take([29, 0])["sequences"] == [list(expected[i][:2]) for i in (29, 0)]
     assert [pair["row"] for pair in table_of(prepared)] == list(range(30))
     ends = {ids[-1] for chosen, rejected, _ in expected for ids in (chosen, rejected)}
     assert prepared.last_ids == sorted(ends)
@@ -127,6 +128,56 @@ def test_a_number_that_some_rows_of_a_file_have_is_missed_in_the_others(
         row[name] = 0.5
     both = [tmp_path / "without.jsonl", write(tmp_path / "with.jsonl", rows)]
     assert prepare(both, rendering, SETTINGS, tmp_path, name="t").num_pairs == 8
+
+
+RANKED = EncodeSettings(64, "drop", "error", "all_pairs")
+RATED = EncodeSettings(64, "drop", "error", "regression", ("helpful", "long"))
+
+
+def test_rankings_and_pairs_among_them_are_kept(tmp_path: Path, rendering: Rendering) -> None:
+    rows = [
+        {"prompt": "same start ", "responses": ["one", "two two", "three"], "ranks": [2, 9, 2]},
+        {"chosen": "good", "rejected": "bad", "probability": 0.75},
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepared = prepare(source, rendering, RANKED, tmp_path, name="t")
+    ranking, pair = table_of(prepared)
+    assert ranking["ranks"] == [1.0, 2.0, 1.0]
+    assert pair["ranks"] is None
+    assert pair["probability"] == 0.75
+    assert ranking["probability"] is None
+    assert pair["sequences"] == [rendering.encode_text(text) for text in ("good", "bad")]
+    texts = ["same start one", "same start two two", "same start three"]
+    assert ranking["sequences"] == [rendering.encode_text(text) for text in texts]
+    table = PairTable(prepared.folder)
+    for index, group in enumerate((ranking, pair)):
+        assert table.tokens[index] == len(pack_groups([group["sequences"]]).input_ids)
+        assert table.lengths[index] == max(map(len, group["sequences"]))
+    assert table.tokens[0] < sum(map(len, ranking["sequences"]))
+    assert table.most_sequences == 3
+
+
+def test_scores_are_kept_and_where_one_is_missing(tmp_path: Path, rendering: Rendering) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [
+        {"text": "fine", "helpful": 2, "long": 0.5},
+        {"text": chat, "long": -1},
+        {"prompt": chat[:1], "response": chat[1:], "helpful": 0},
+    ]
+    source = write(tmp_path / "r.jsonl", rows)
+    prepared = prepare(source, rendering, RATED, tmp_path, name="t")
+    found = table_of(prepared)
+    assert [row["scores"] for row in found] == [[2.0, 0.5], [None, -1.0], [0.0, None]]
+    assert found[1]["sequences"] == found[2]["sequences"]
+    assert found[0]["sequences"] == [rendering.encode_text("fine")]
+    assert prepared.conversational
+    table = PairTable(prepared.folder)
+    assert table.tokens == table.lengths == [len(row["sequences"][0]) for row in found]
+    assert table.most_sequences == 1
+    again = prepare(source, rendering, replace(RATED, attributes=("long",), on_bad_row="drop"),
+                    tmp_path, name="t")  # fmt: skip
+    assert again.fingerprint != prepared.fingerprint
+    assert again.dropped == {"missing_score": 1}
 
 
 def test_rows_left_out_are_counted_by_reason(tmp_path: Path, rendering: Rendering) -> None:

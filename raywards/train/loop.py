@@ -1,8 +1,9 @@
 """What every worker runs: read `train` first. It knows no Ray; `session` is its way to the outside.
 
-The global batch, the pairs of one optimizer step over all workers, is the unit. Its loss is the sum
-over its pairs, divided by their number, at any number of workers and forwards. DeepSpeed divides
-the sum over the ranks by their number, so each rank multiplies by it.
+The global batch, the pairs (or other groups: see `objectives`) of one optimizer step over all
+workers, is the unit. Its loss is the sum over its groups, divided by their number, at any number of
+workers and forwards. DeepSpeed divides the sum over the ranks by their number, so each rank
+multiplies by it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from raywards import loss
 from raywards.config import RewardConfig
 from raywards.errors import NonFiniteError
-from raywards.evaluation import HeldOut
 from raywards.model import RewardModel
-from raywards.packing import PackedRow, pack_pairs
+from raywards.objectives import Judged, build_objective
+from raywards.packing import PackedRow, pack_groups
 from raywards.settle import settle_path
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
@@ -88,34 +87,10 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
     for row in plan[session.rank]:
         judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
-            worker.metrics.add(*judged.values, judged.num_tokens)
+            worker.metrics.add(*judged.counted)
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
         weight = session.world_size / len(indices) if row else 0.0
         worker.engine.backward(judged.losses.sum() * weight, scale_wrt_gas=False)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The pairs of a row and what the model makes of them; tensors are [P]."""
-
-    losses: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    probability: Tensor
-    pairs: dict[str, list[Any]]
-
-    @property
-    def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.losses, self.chosen, self.rejected, self.probability
-
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        sides = zip(self.pairs["chosen_ids"], self.pairs["rejected_ids"], strict=True)
-        return [(len(chosen), len(rejected)) for chosen, rejected in sides]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(sum, self.lengths))
 
 
 def judge(
@@ -125,31 +100,10 @@ def judge(
     config: RewardConfig,
     device: torch.device,
 ) -> Judged:
-    """Rewards and loss of each pair of a row. An empty row is a made-up pair."""
-    pairs = table.take(list(indices)) if indices else _NOTHING
-    row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
-    chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
-    # Sources with and without them may be mixed.
-    margin = _or_else(pairs["margin"], 0.0, device)
-    probability = _or_else(pairs["probability"], 1.0, device)
-    believed = loss.smoothed(probability, config.label_smoothing)
-    losses = loss.bradley_terry(chosen, rejected, margin, believed)
-    if config.center_rewards_coefficient is not None:
-        losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
-    return Judged(losses, chosen, rejected, probability, pairs)
-
-
-def _or_else(values: list[float | None], otherwise: float, device: torch.device) -> Tensor:
-    filled = [otherwise if value is None else value for value in values]
-    return torch.tensor(filled, dtype=torch.float32, device=device)
-
-
-_NOTHING: dict[str, list[Any]] = {
-    "chosen_ids": [[0]],
-    "rejected_ids": [[0]],
-    "margin": [None],
-    "probability": [None],
-}
+    """Rewards and loss of each group of a row. An empty row is a made-up group."""
+    objective = build_objective(config)
+    groups = table.take(list(indices)) if indices else objective.nothing
+    return objective.judge(model(pack_groups(groups["sequences"]).to(device)), groups)
 
 
 def stop_if_not_finite(worker: Worker, step: int) -> None:
@@ -288,12 +242,12 @@ def evaluate_table(
 ) -> dict[str, float]:
     """Figures over all pairs of a table, dealt to the ranks."""
     started = time.monotonic()
-    held_out = HeldOut()
+    held_out = build_objective(config).held_out()
     for start in range(0, len(table), _EVALUATED_AT_ONCE):
         some = range(start, min(start + _EVALUATED_AT_ONCE, len(table)))
         plan = rows.plan(table, some, num_ranks, config.per_device_eval_batch_size)
         for row in plan[rank]:
             judged = judge(model, table, row, config, device)
             if row:
-                held_out.add(*judged.values, judged.lengths, judged.pairs["source"])
+                held_out.add(*judged.held_out)
     return {**held_out.compute(), "runtime": time.monotonic() - started}

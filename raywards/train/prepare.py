@@ -24,16 +24,18 @@ from typing import Any, Literal
 
 from datasets.arrow_writer import ArrowWriter
 
+from raywards.config import Objective
 from raywards.errors import ConfigError, RowError
-from raywards.packing import common_prefix
-from raywards.preferences import NUMBERS, REASONS, encode_row
+from raywards.groups import columns_of, encode_group, is_conversational
+from raywards.packing import shared_prefix
+from raywards.preferences import NUMBERS, REASONS
 from raywards.rendering import Rendering
 from raywards.sources import RowRef, RowSet, read_rows
 from raywards.train.table import FEATURES
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _ROWS_PER_SHARD = 50_000
 _ROWS_PER_CHUNK = 256
 _BAD_ROWS_SHOWN = 5
@@ -46,6 +48,8 @@ class EncodeSettings:
     max_length: int | None
     truncation: Literal["drop", "left", "right"]
     on_bad_row: Literal["error", "drop"]
+    objective: Objective = "bradley_terry"
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _write_shards(
             num_pairs += 1
             num_conversational += conversational
             numbers.update(name for name in NUMBERS if pair[name] is not None)
-            last_ids.update((pair["chosen_ids"][-1], pair["rejected_ids"][-1]))
+            last_ids.update(ids[-1] for ids in pair["sequences"])
             if num_pairs % _ROWS_PER_SHARD == 0:
                 writer.finalize()
                 writer = None
@@ -202,10 +206,12 @@ def _encode_chunk(
     errors: list[RowError] = []
     for where, row in zip(refs, rows, strict=True):
         try:
-            pair = encode_row(
+            group = encode_group(
                 row,
                 where,
                 rendering,
+                objective=settings.objective,
+                attributes=settings.attributes,
                 max_length=settings.max_length,
                 truncation=settings.truncation,
                 required=required,
@@ -213,19 +219,16 @@ def _encode_chunk(
         except RowError as error:
             errors.append(error)
             continue
+        lengths = [len(ids) for ids in group.sequences]
         encoded = {
-            "chosen_ids": pair.chosen_ids,
-            "rejected_ids": pair.rejected_ids,
-            "margin": pair.margin,
-            "probability": pair.probability,
-            "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
-            "tokens": len(pair.chosen_ids)
-            + len(pair.rejected_ids)
-            - common_prefix(pair.chosen_ids, pair.rejected_ids),
+            **columns_of(group),
+            "length": max(lengths),
+            "tokens": sum(lengths) - (len(lengths) - 1) * shared_prefix(group.sequences),
+            "num_sequences": len(lengths),
             "source": where.source,
             "row": where.row,
         }
-        pairs.append((encoded, isinstance(row.get("chosen"), list)))
+        pairs.append((encoded, is_conversational(row)))
     return pairs, errors
 
 

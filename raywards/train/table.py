@@ -1,4 +1,4 @@
-"""Prepared pairs as workers read them: memory-mapped Arrow shards, by index."""
+"""Prepared pairs, rankings or rated texts as workers read them: mapped Arrow shards, by index."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from raywards.errors import TrainingError
 
 FEATURES = datasets.Features(
     {
-        "chosen_ids": datasets.Sequence(datasets.Value("int32")),
-        "rejected_ids": datasets.Sequence(datasets.Value("int32")),
+        "sequences": datasets.Sequence(datasets.Sequence(datasets.Value("int32"))),
         "margin": datasets.Value("float32"),
         "probability": datasets.Value("float32"),
+        "ranks": datasets.Sequence(datasets.Value("float32")),
+        "scores": datasets.Sequence(datasets.Value("float32")),
         "length": datasets.Value("int32"),
         "tokens": datasets.Value("int32"),
+        "num_sequences": datasets.Value("int32"),
         "source": datasets.Value("string"),
         "row": datasets.Value("int64"),
     }
@@ -25,7 +27,7 @@ FEATURES = datasets.Features(
 
 
 class PairTable:
-    """The pairs of a prepared folder, memory-mapped; read by index."""
+    """The groups of a prepared folder, memory-mapped; read by index."""
 
     def __init__(self, folder: Path) -> None:
         shards = sorted(folder.glob("pairs-*.arrow"))
@@ -37,16 +39,19 @@ class PairTable:
         self._rows = datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(shard)) for shard in shards]
         )
-        columns = self._rows.select_columns(["length", "tokens"]).with_format("numpy")[:]
+        names = ["length", "tokens", "num_sequences"]
+        columns = self._rows.select_columns(names).with_format("numpy")[:]
         self.lengths: list[int] = columns["length"].tolist()
-        """Tokens of each pair's longer side."""
+        """Tokens of each group's longest sequence."""
         self.tokens: list[int] = columns["tokens"].tolist()
-        """Tokens of each pair, its common prefix counted once."""
+        """Tokens of each group, its common prefix counted once."""
+        self.most_sequences = int(columns["num_sequences"].max())
+        """Sequences of the largest group: 2 for pairs."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def take(self, indices: list[int]) -> dict[str, list[Any]]:
-        """Columns `chosen_ids`, `rejected_ids` and `NUMBERS` of the pairs at `indices`."""
+        """Columns `sequences`, `NUMBERS`, `ranks`, `scores`, ... of the groups at `indices`."""
         columns: dict[str, list[Any]] = self._rows[indices]
         return columns

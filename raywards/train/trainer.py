@@ -21,8 +21,17 @@ from transformers.trainer_utils import TrainOutput
 
 import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
-from raywards.config import RewardConfig, RunPaths, as_dict, freeze, worker_range
+from raywards.config import (
+    RewardConfig,
+    RunPaths,
+    as_dict,
+    attribute_weights,
+    check_objective,
+    freeze,
+    worker_range,
+)
 from raywards.errors import CheckpointError, ConfigError, TrainingError
+from raywards.heads import restore_heads, widen_head
 from raywards.loader import create_model_from_path, describe_files, load_tokenizer
 from raywards.rendering import Rendering
 from raywards.train.cluster import connect, run_on_ray
@@ -131,6 +140,11 @@ class RewardTrainer:
             chat_template_path=self.args.chat_template_path,
         )
         self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
+        if not isinstance(model, str) and self.args.attributes:
+            raise ConfigError(
+                "attributes: a model that is loaded already has a head with one output. Pass its "
+                "path, and it gets one for each attribute."
+            )
         if not isinstance(model, str) and model.config.num_labels != 1:
             raise ConfigError(
                 f"model: has num_labels={model.config.num_labels}; reward models require "
@@ -159,6 +173,7 @@ class RewardTrainer:
         started = time.monotonic()
         if self.args.use_cpu and self.args.use_gpu:
             raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
+        check_objective(self.args)
         settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.
         zero_config(
@@ -205,6 +220,11 @@ class RewardTrainer:
             raise ConfigError("eval_dataset: is required: none was given here or to RewardTrainer.")
         prepared = self._prepare_evals(source, metric_key_prefix)
         model = self.model
+        if attributes := attribute_weights(self.args):
+            if self.state.global_step > 0:
+                restore_heads(model, self.paths.export, attributes)
+            else:
+                widen_head(model, attributes, self.args.seed)
         if self._use_gpu() and torch.cuda.is_available():
             model = model.to("cuda")
         metrics: dict[str, float] = {}
@@ -309,6 +329,15 @@ class RewardTrainer:
         }
         return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
 
+    def _encode_settings(self) -> EncodeSettings:
+        return EncodeSettings(
+            self.args.max_length,
+            self.args.truncation,
+            self.args.on_bad_row,
+            self.args.objective,
+            tuple(self.args.attributes or ()),
+        )
+
     def _resume_point(self, asked: str | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
         if isinstance(asked, str):
@@ -329,7 +358,7 @@ class RewardTrainer:
         return None
 
     def _prepare_job(self, settings: dict[str, Any]) -> Job:
-        encoding = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        encoding = self._encode_settings()
         try:
             self.paths.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -394,7 +423,7 @@ class RewardTrainer:
         return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        settings = self._encode_settings()
         import datasets
 
         named = isinstance(source, Mapping) and not isinstance(source, datasets.Dataset)

@@ -28,11 +28,13 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 import raywards
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
-from raywards.config import RewardConfig, RunPaths
+from raywards.config import RewardConfig, RunPaths, attribute_weights
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
+from raywards.heads import FILE, describe_heads, fold_heads, widen_head
 from raywards.loader import check_reward_model, create_model_from_path
-from raywards.metrics import PairMetrics
+from raywards.metrics import Metrics
 from raywards.model import RewardModel, disable_dropout
+from raywards.objectives import build_objective
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
@@ -89,7 +91,7 @@ class Worker:
     pairs: PairTable
     plan: TrainPlan
     rows: Rows
-    metrics: PairMetrics
+    metrics: Metrics
     total_steps: int
     export_dtype: torch.dtype
     clipper: Clipper | None = None
@@ -207,7 +209,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         pairs,
         plan,
         plan_rows(engine, pairs, config, session),
-        PairMetrics(session.device),
+        build_objective(config).metrics(session.device),
         total_steps,
         asked_dtype(job, inner),
         clipper,
@@ -224,13 +226,16 @@ def load_model(job: Job) -> Any:
     """The transformers classifier: whole on every rank, or partitioned under ZeRO-3."""
     if not isinstance(job.model, str):
         return job.model
-    return create_model_from_path(
+    inner = create_model_from_path(
         job.model,
         AutoModelForSequenceClassification,
         num_labels=1,
         device_map=None,
         **job.model_kwargs,
     )
+    if attributes := attribute_weights(job.config):
+        widen_head(inner, attributes, job.config.seed)
+    return inner
 
 
 def hidden_size(job: Job) -> int:
@@ -307,7 +312,9 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
             num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         ),
         most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
-        longest=2 * per_forward * max(pairs.lengths) if padded else max(pairs.tokens),
+        longest=pairs.most_sequences * per_forward * max(pairs.lengths)
+        if padded
+        else max(pairs.tokens),
         checkpointing=config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
     )
@@ -447,6 +454,10 @@ def export(worker: Worker) -> None:
     unset_hf_deepspeed_config()
     if rank == 0:
         about = {**job.about, **dataclasses.asdict(worker.state)}
+        beside = {}
+        if attributes := attribute_weights(job.config):
+            beside = {FILE: describe_heads(weights, attributes)}
+            weights = fold_heads(weights, attributes)
         manifest = export_model(
             inner,
             weights,
@@ -455,6 +466,7 @@ def export(worker: Worker) -> None:
             dtype=worker.export_dtype,
             training=about,
             last_ids=job.last_ids,
+            beside=beside,
         )
         worker.session.send(
             "finish",
