@@ -169,12 +169,27 @@ class RewardConfig:
     """Steps between two evaluations. Default: `logging_steps`."""
     eval_on_start: bool = False
     """Evaluate once before the first step."""
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    """When to write a checkpoint. The end of a run always writes one."""
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    """When to write a checkpoint; `best`: at each evaluation that is the best so far. The end of a
+    run always writes one."""
     save_steps: Positive = 500
     """Steps between two checkpoints."""
     save_total_limit: Positive | None = None
-    """Checkpoints to keep; the newest is always kept. Default: all."""
+    """Checkpoints to keep. The newest and the best are always among them, so with 1 there may be
+    two. Default: all."""
+    load_best_model_at_end: bool = False
+    """Export the weights of the best evaluation, not of the last step. Each evaluation that is the
+    best so far writes a checkpoint, whatever `save_strategy` says."""
+    metric_for_best_model: str | None = None
+    """Held-out figure (docs/metrics.md) that says which checkpoint is the best, with or without
+    `eval_`: `accuracy`, `helpful_log_loss` of the set `helpful`. Default: `loss`."""
+    greater_is_better: bool | None = None
+    """Whether more of `metric_for_best_model` is better. Default: as the figure has it; to be given
+    for rewards and `length_bias`, where neither is obvious."""
+    early_stopping_patience: Positive | None = None
+    """Stop after so many evaluations in a row that did not improve `metric_for_best_model`."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What `metric_for_best_model` has to be better by, to count as an improvement."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder to start from. A run that is started again under the same `output_dir`
     continues without being asked."""

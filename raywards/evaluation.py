@@ -20,6 +20,24 @@ _COLUMNS = ("loss", "chosen", "rejected", "probability", "chosen_tokens", "rejec
 Floats = NDArray[numpy.float64]
 T = TypeVar("T")
 
+FIGURES: dict[str, bool | None] = {
+    "loss": False,
+    "log_loss": False,
+    "accuracy": True,
+    "calibration_error": False,
+    "tie_rate": False,
+    "margin": True,
+    "margin_p05": True,
+    "margin_p50": True,
+    "margin_p95": True,
+    "min_reward": None,
+    "mean_reward": None,
+    "max_reward": None,
+    "length_bias": None,
+}
+"""Figures that a model may be chosen by, and whether more is better; None where it depends. Beside
+them there is `accuracy/SOURCE`, where a set has several sources."""
+
 
 class HeldOut:
     """Rewards of held-out pairs on this rank; `compute` turns those of all ranks into figures."""

@@ -64,7 +64,6 @@ REFUSED: dict[str, Refused] = {
     "fsdp": Refused(_ONE_BACKEND, (None, "", [])),
     "fsdp_config": Refused(_ONE_BACKEND, (None,)),
     "full_determinism": Refused(_NOT_YET, (False,)),
-    "greater_is_better": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "hub_always_push": Refused("`push_to_hub` uploads the export once, at the end.", (False,)),
     "hub_revision": Refused("`push_to_hub` uploads to the main branch.", (None,)),
     "hub_strategy": Refused(
@@ -79,14 +78,12 @@ REFUSED: dict[str, Refused] = {
     ),
     "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
     "liger_kernel_config": Refused(_NOT_YET, (None,)),
-    "load_best_model_at_end": Refused("Keeping the best checkpoint is not built yet.", (False,)),
     "local_rank": Refused("Ray Train places the workers; set `num_workers`.", (-1,)),
     "log_level": Refused(_LOGS, ("passive",)),
     "log_level_replica": Refused(_LOGS, ("warning",)),
     "log_on_each_node": Refused(_LOGS, (True,)),
     "logging_nan_inf_filter": Refused("A loss that is not finite stops the run.", (True, False)),
     "logging_strategy": Refused("Use `logging_steps`.", ("steps",)),
-    "metric_for_best_model": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "neftune_noise_alpha": Refused("Noise in the embeddings is not supported.", (None,)),
     "optim": Refused(
         "AdamW (torch, fused) is the optimizer.", ("adamw_torch_fused", "adamw_torch")

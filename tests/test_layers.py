@@ -31,7 +31,7 @@ LAYERS = [
     ["settle", "invariance"],
     ["checkpoint"],
     ["scorer"],
-    ["train.table"],
+    ["train.table", "train.storage"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         "train.reshard",
@@ -39,6 +39,7 @@ LAYERS = [
     ],
     ["train.rows", "serve.dialects.*"],
     ["train.worker"],
+    ["train.best", "train.stops"],
     ["train.loop"],
     ["train.cluster"],
     ["train.trainer", "serve.replica"],

@@ -84,9 +84,9 @@ def stop_here(run: RewardTrainer, step: int) -> None:
 
     commit = LocalSession.commit
 
-    def and_stop(self: Any, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        commit(self, folder, name, metrics)
-        if metrics["step"] == step:
+    def and_stop(self: Any, folder: Path, name: str, *, best_step: int | None) -> None:
+        commit(self, folder, name, best_step=best_step)
+        if manifest_of(folder)["step"] == step:
             raise Enough
 
     with pytest.MonkeyPatch.context() as patch:

@@ -22,6 +22,7 @@ import torch
 from raywards import RewardTrainer
 from raywards.checkpoint import complete_checkpoints, read_manifest
 from raywards.train.loop import train
+from raywards.train.storage import checkpoint_of, complete, move_part
 from raywards.train.worker import Job
 
 NUM_RANKS = 2
@@ -76,25 +77,33 @@ class TwoRankSession:
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:
-        complete = complete_checkpoints(self._run)
+        found = complete_checkpoints(self._run)
         torch.distributed.barrier()
-        yield complete[-1] if complete else None
+        yield found[-1] if found else None
 
     def scratch(self, name: str) -> Path:
         folder = self._run / f".{name}.rank{self.rank}"
         folder.mkdir(parents=True)
         return folder
 
-    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        for turn in range(NUM_RANKS):
-            torch.distributed.barrier()
-            if turn == self.rank:
-                shutil.copytree(folder, self._run / name, dirs_exist_ok=True)
-                shutil.rmtree(folder)
+    def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
+        move_part(folder, self._run / name)
+        if self.rank == 0:
+            complete(folder, self._run / name)
         torch.distributed.barrier()
-        read_manifest(self._run / name, kind="checkpoint")
-        if metrics["step"] == self._stop_after:
+        shutil.rmtree(folder)
+        manifest = read_manifest(self._run / name, kind="checkpoint")
+        if manifest["step"] == self._stop_after:
             raise Stopped
+
+    def check(self) -> None:
+        """Nothing happens in the background."""
+
+    def settle(self) -> None:
+        """Nothing happens in the background."""
+
+    def find(self, step: int) -> Path | None:
+        return checkpoint_of(self._run, step)
 
 
 def _run_rank(rank: int, store: str, tasks: list[Task]) -> None:

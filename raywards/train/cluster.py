@@ -51,7 +51,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
     """
     config, paths = job.config, job.paths
     fewest, most = worker_range(config)
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     ray = connect()
@@ -76,7 +76,6 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
             name=paths.name,
             storage_path=str(paths.storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.save_total_limit),
             worker_runtime_env={"env_vars": _environment(cpus, use_gpu)},
         ),
     )  # fmt: skip
@@ -221,7 +220,12 @@ def _run_worker(config: dict[str, Any]) -> None:
             ray.get(sent)  # the run counts on this one: wait until it is there
 
     try:
-        session = RaySession(send, run=job.paths.run, explicit=config["explicit"])
+        session = RaySession(
+            send,
+            run=job.paths.run,
+            explicit=config["explicit"],
+            keep=job.config.save_total_limit,
+        )
         train(job, session)
     except RaywardsError as error:
         ray.get(mailbox.put.remote("error", {"error": error}))

@@ -8,7 +8,6 @@ multiplies by it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from raywards.config import RewardConfig
-from raywards.errors import NonFiniteError
 from raywards.model import RewardModel
 from raywards.objectives import Judged, build_objective
 from raywards.packing import PackedRow, pack_groups
 from raywards.settle import settle_path
+from raywards.train.best import Goal, check_best_is_there, load_best
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
+from raywards.train.stops import remember, update
 from raywards.train.table import PairTable
 from raywards.train.worker import Job, Worker, export, open_worker, resume, save
 
@@ -42,7 +41,9 @@ def train(job: Job, session: Session) -> None:
 def run(worker: Worker) -> None:
     """Every step from the newest checkpoint to the last, then the export."""
     config, session = worker.job.config, worker.session
+    goal = Goal.of(config)
     state = resume(worker)
+    check_best_is_there(worker)
     clock = Clock()
     if session.rank == 0:
         start = {"step": state.step, "total": worker.total_steps, "history": worker.history}
@@ -51,27 +52,30 @@ def run(worker: Worker) -> None:
         evaluate(worker)
 
     for step, indices in worker.plan.steps(state.step, worker.total_steps):
+        if goal.is_given_up(state):
+            break
         learning_rate = worker.engine.get_lr()[0]
+        before = remember(worker)
         accumulate_gradients(worker, indices)
-        stop_if_not_finite(worker, step)
-        worker.engine.step()
-        stop_if_skipped(worker, step)
+        update(worker, indices, before)
         state.step, state.num_pairs = step + 1, state.num_pairs + len(indices)
 
-        if is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker):
+        due = is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker)
+        if due:
             log(worker, learning_rate, clock)
-        if config.eval_strategy == "epoch" and ends_epoch(worker):
-            evaluate(worker)
-        if config.eval_strategy == "steps" and is_due(
-            worker, config.eval_steps or config.logging_steps
-        ):
-            evaluate(worker)
-        if is_save_due(worker):
+        # Before the checkpoint, which thus knows what the evaluation of its step has found.
+        is_best = is_evaluation_due(worker) and goal.take(state, evaluate(worker))
+        if goal.is_given_up(state) and not due:
+            log(worker, learning_rate, clock)
+        if is_save_due(worker, is_best) or goal.is_given_up(state):
             save(worker)
         if session.rank == 0 and clock.ticks():
             session.send("tick", {"step": state.step})
+        session.check()
 
-    export(worker)
+    session.settle()
+    tell_of_stop(worker, goal)
+    export(worker, load_best(worker))
 
 
 # ---------------------------------------------------------------- one step
@@ -81,6 +85,7 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
     """Forward and backward over this rank's rows of a global batch."""
     config, session = worker.job.config, worker.session
     worker.engine.train()
+    worker.losses.clear()
     plan = worker.rows.plan(
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
@@ -88,6 +93,7 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
         judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
             worker.metrics.add(*judged.counted)
+            worker.losses.append((row, judged.losses.detach()))
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
         weight = session.world_size / len(indices) if row else 0.0
         worker.engine.backward(judged.losses.sum() * weight, scale_wrt_gas=False)
@@ -104,30 +110,6 @@ def judge(
     objective = build_objective(config)
     groups = table.take(list(indices)) if indices else objective.nothing
     return objective.judge(model(pack_groups(groups["sequences"]).to(device)), groups)
-
-
-def stop_if_not_finite(worker: Worker, step: int) -> None:
-    """Raise on every rank, before the update, if the loss of any pair is not finite."""
-    bad = worker.metrics.num_not_finite()
-    torch.distributed.all_reduce(bad, op=ReduceOp.SUM)
-    if bad.item():
-        raise NonFiniteError(
-            f"step {step + 1}: the loss of {int(bad.item())} pairs is NaN or infinite. The update "
-            "was not applied. Lower learning_rate, or look at these rows and at the model's dtype.",
-            step=step + 1,
-        )
-
-
-def stop_if_skipped(worker: Worker, step: int) -> None:
-    """Raise where DeepSpeed left an update out, or made one, from a gradient that is not finite."""
-    norm = worker.grad_norm()
-    finite = norm is None or math.isfinite(norm)
-    if getattr(worker.engine.optimizer, "overflow", False) or not finite:
-        raise NonFiniteError(
-            f"step {step + 1}: the norm of the gradient is not finite. No checkpoint holds this "
-            "step. Lower learning_rate, set max_grad_norm, or compute in fp32 (bf16=False).",
-            step=step + 1,
-        )
 
 
 # ---------------------------------------------------------------- log, evaluate
@@ -165,9 +147,19 @@ def is_last(worker: Worker) -> bool:
     return worker.state.step == worker.total_steps
 
 
-def is_save_due(worker: Worker) -> bool:
+def is_evaluation_due(worker: Worker) -> bool:
+    config = worker.job.config
+    if config.eval_strategy == "epoch":
+        return ends_epoch(worker)
+    every = config.eval_steps or config.logging_steps
+    return config.eval_strategy == "steps" and is_due(worker, every)
+
+
+def is_save_due(worker: Worker, is_best: bool) -> bool:
     config = worker.job.config
     if is_last(worker):
+        return True
+    if is_best and (config.load_best_model_at_end or config.save_strategy == "best"):
         return True
     if config.save_strategy == "epoch":
         return ends_epoch(worker)
@@ -194,8 +186,20 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
         worker.log({k: v for k, v in record.items() if v is not None})
 
 
+def tell_of_stop(worker: Worker, goal: Goal) -> None:
+    """Say why the run ends before its last step, where it does."""
+    state, session = worker.state, worker.session
+    if session.rank == 0 and goal.is_given_up(state) and not is_last(worker):
+        text = (
+            f"{goal.metric} has not improved in {state.evaluations_without_improvement} "
+            f"evaluations: stopped after step {state.step} of {worker.total_steps}. Its best value "
+            f"is {state.best_metric}, of step {state.best_step}."
+        )
+        session.send("note", {"text": text})
+
+
 @torch.no_grad()
-def evaluate(worker: Worker) -> None:
+def evaluate(worker: Worker) -> dict[str, float]:
     """Held-out metrics of every evaluation set, each pair counted once. A collective."""
     session = worker.session
     worker.engine.eval()
@@ -214,6 +218,7 @@ def evaluate(worker: Worker) -> None:
     if session.rank == 0 and record:
         epoch = worker.state.step / worker.plan.steps_per_epoch
         worker.log({"step": worker.state.step, "epoch": epoch, **record})
+    return record
 
 
 @torch.no_grad()

@@ -5,14 +5,23 @@ The same settings stand in every checkpoint, so that one is not taken for anothe
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from raywards.checkpoint import complete_checkpoints, read_manifest
 from raywards.config import RewardConfig, RunPaths, as_dict
 from raywards.errors import CheckpointError, ConfigError
+from raywards.train.storage import remove_cut_off
+
+logger = logging.getLogger(__name__)
 
 # Settings that may differ when a run is started again: they change neither weights nor their order.
 _MAY_CHANGE = {
@@ -22,11 +31,39 @@ _MAY_CHANGE = {
     "hub_private_repo", "num_workers", "elastic_resize_monitor_interval_s", "max_failures",
     "ddp_timeout", "dataset_num_proc", "resources_per_worker", "use_gpu", "use_cpu",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_tokens_per_row",
+    "early_stopping_patience", "early_stopping_threshold",
 }  # fmt: skip
-
 
 # Settings that the first start decides where they are not set: later ones keep its value.
 _DECIDED_FIRST = ("global_batch", "deepspeed")
+
+
+@contextlib.contextmanager
+def hold(paths: RunPaths) -> Iterator[None]:
+    """Keep the run folder to this process, and free of checkpoints that were never finished.
+
+    By a lock of the operating system, which ends with the process however that ends.
+
+    Raises `ConfigError` where another process trains into it, or where it cannot be made.
+    """
+    try:
+        paths.run.mkdir(parents=True, exist_ok=True)
+        lock = (paths.run / "run.lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {paths.run} cannot be made a folder ({error.strerror}). Give a path that "
+            "this user may write to."
+        ) from None
+    with lock:
+        _lock(lock, paths.run)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
+        lock.flush()
+        remove_cut_off(paths.run)
+        try:
+            yield
+        finally:
+            remove_cut_off(paths.run)
 
 
 def fixed_settings(
@@ -108,6 +145,23 @@ def refuse_folder_of_a_job(paths: RunPaths) -> None:
         raise ConfigError(
             f"output_dir: {paths.run} lies in the copy of the working directory that Ray made for "
             "this job and will delete. Give an absolute path that every node sees."
+        )
+
+
+def _lock(file: TextIO, run: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ConfigError(
+            f"{run}: another run trains into this folder now ({file.read()}). Wait for its end, "
+            "stop it, or give this run another output_dir or run_name."
+        ) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s): see to it that no two runs share the folder",
+            run,
+            error.strerror,
         )
 
 

@@ -51,7 +51,10 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # a full disk, of which the run itself has told
+                logger.warning("the TensorBoard files end early: %s", error)
 
     def _start(self, record: dict[str, Any]) -> None:
         """An attempt begins at `step`: its `history` is the lineage, and what was logged beyond it

@@ -51,6 +51,10 @@ class PairTable:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def sources(self) -> list[str]:
+        """Names of the sources that the pairs come from."""
+        return sorted(self._rows.unique("source"))
+
     def take(self, indices: list[int]) -> dict[str, list[Any]]:
         """Columns `sequences`, `NUMBERS`, `ranks`, `scores`, ... of the groups at `indices`."""
         columns: dict[str, list[Any]] = self._rows[indices]

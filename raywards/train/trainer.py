@@ -34,17 +34,20 @@ from raywards.errors import CheckpointError, ConfigError, TrainingError
 from raywards.heads import restore_heads, widen_head
 from raywards.loader import create_model_from_path, describe_files, load_tokenizer
 from raywards.rendering import Rendering
+from raywards.train.best import Goal
 from raywards.train.cluster import connect, run_on_ray
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare
 from raywards.train.runfolder import (
     claim,
     fixed_settings,
+    hold,
     refuse_folder_of_a_job,
     settings_to_continue,
 )
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
+from raywards.train.storage import checkpoint_of
 from raywards.train.worker import Job, may_be_half
 from raywards.train.zero import default_stage, read_zero, zero_config
 
@@ -188,6 +191,13 @@ class RewardTrainer:
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
                 "RewardTrainer was given none."
             )
+        Goal.of(self.args)
+        with hold(self.paths):
+            return self._train(settings, explicit, started)
+
+    def _train(
+        self, settings: dict[str, Any], explicit: Path | None, started: float
+    ) -> TrainOutput:
         job = self._prepare_job(settings)
         freeze(self.args)
         use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
@@ -204,6 +214,7 @@ class RewardTrainer:
             raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
         self.state.log_history = log.history
         self.state.global_step = log.finished["step"]
+        self._note_best(log.finished)
         if self.args.push_to_hub:
             self.push_to_hub()
         return self._output(log, time.monotonic() - started)
@@ -359,13 +370,6 @@ class RewardTrainer:
 
     def _prepare_job(self, settings: dict[str, Any]) -> Job:
         encoding = self._encode_settings()
-        try:
-            self.paths.run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir: {self.paths.run} cannot be made a folder ({error.strerror}). Give a "
-                "path that this user may write to."
-            ) from None
         num_proc = self.args.dataset_num_proc or 1
         pairs = prepare(
             self.train_dataset, self._rendering, encoding, self.paths.prepared,
@@ -373,6 +377,9 @@ class RewardTrainer:
         )  # fmt: skip
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
+        Goal.of(self.args).refuse_unknown_metric(
+            {prefix: held_out.folder for prefix, held_out in evals.items()}
+        )
         self._refuse_empty_epoch(pairs, settings["global_batch"])
         settings["pairs"] = pairs.fingerprint
         claim(self.paths, self.args, settings)
@@ -463,6 +470,13 @@ class RewardTrainer:
             )
         return read_manifest(self.paths.export, kind="export")
 
+    def _note_best(self, finished: dict[str, Any]) -> None:
+        """transformers' fields of the state that say which checkpoint is the best."""
+        self.state.best_metric = finished["best_metric"]
+        self.state.best_global_step = finished["best_step"]
+        folder = finished["best_step"] and checkpoint_of(self.paths.run, finished["best_step"])
+        self.state.best_model_checkpoint = str(folder) if folder else None
+
     def _output(self, log: RunLog, seconds: float) -> TrainOutput:
         records = [entry for entry in log.history if "loss" in entry]
         starts = [0, *(entry["step"] for entry in records)]
@@ -470,8 +484,13 @@ class RewardTrainer:
             entry["loss"] * (entry["step"] - start)
             for entry, start in zip(records, starts, strict=False)
         ]
-        held_out = [entry for entry in log.history if any(k.startswith("eval") for k in entry)]
         assert log.finished is not None
+        held_out = [
+            entry
+            for entry in log.history
+            if entry["step"] <= log.finished["exported_step"]
+            and any(k.startswith("eval") for k in entry)
+        ]
         share = 1 - log.first_step / max(1, log.finished["step"])  # what this call trained
         metrics = {
             "train_runtime": seconds,

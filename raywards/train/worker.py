@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from raywards.train.reshard import load_resharded, resharded
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.runfolder import checkpoint_settings, refuse_other_run
 from raywards.train.session import Session
+from raywards.train.storage import checkpoint_name, writing
 from raywards.train.table import PairTable
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
@@ -79,6 +81,9 @@ class State:
     step: int = 0
     num_pairs: int = 0
     num_tokens: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
 
 
 @dataclass
@@ -104,6 +109,11 @@ class Worker:
         self.history.append(record)
         self.session.send("log", record)
 
+    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    """Indices of each row of this step on this rank, and the losses of its pairs."""
+    saved_step: int | None = None
+    """Step of the last checkpoint."""
+
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
         if self.clipper is not None:
@@ -128,10 +138,7 @@ class Clipper:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self.norm = float(norm)
         if not math.isfinite(self.norm):
-            raise NonFiniteError(
-                "the norm of the gradient is not finite. The update was not applied. Lower "
-                "learning_rate, or set max_grad_norm."
-            )
+            raise NonFiniteError("the norm of the gradient is not finite")
 
 
 @contextlib.contextmanager
@@ -369,12 +376,24 @@ def warmup_steps(config: RewardConfig, total_steps: int) -> int:
 def save(worker: Worker) -> None:
     """Write this rank's part of a checkpoint and hand it over. A collective."""
     session, state = worker.session, worker.state
-    name = f"checkpoint-{state.step:06d}-{session.attempt}"
+    name = checkpoint_name(state.step, session.attempt)
     folder = session.scratch(name)
+    try:
+        with writing(folder):
+            _write_part(worker, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    session.commit(folder, name, best_step=state.best_step)
+    worker.saved_step = state.step
+
+
+def _write_part(worker: Worker, folder: Path) -> None:
+    session, state = worker.session, worker.state
     window = worker.metrics.gather_on_first_rank(session.rank)
     client_state = {"raywards": {**dataclasses.asdict(state), "window": window}}
     worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
-    torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
+    torch.save(random_state(session.device), folder / f"random-{session.rank}.pt")
 
     if session.rank == 0:
         # The driver may die before it has fetched the last ones.
@@ -392,7 +411,6 @@ def save(worker: Worker) -> None:
             **dataclasses.asdict(state),
         }
         write_manifest(folder, content, files)
-    session.commit(folder, name, {"step": state.step})
 
 
 def resume(worker: Worker) -> State:
@@ -405,12 +423,13 @@ def resume(worker: Worker) -> State:
         saved = dict(load_engine(worker, folder, manifest)["raywards"])
         worker.metrics.restore(saved.pop("window"), worker.session.rank)
         worker.state = State(**saved)
+        worker.saved_step = worker.state.step
         if worker.session.rank == 0:
             lines = (folder / _LOG).read_text(encoding="utf-8").splitlines()
             worker.history = [json.loads(line) for line in lines]
         file = folder / f"random-{worker.session.rank}.pt"
         if file.is_file():
-            _set_random_state(torch.load(file, weights_only=False), worker.session.device)
+            set_random_state(torch.load(file, weights_only=False), worker.session.device)
         else:  # of a rank that was not there: its dropout starts from a seed of its own
             own = 7919 * worker.state.step + worker.session.rank
             transformers.set_seed((worker.job.config.seed + own) % 2**32)
@@ -445,34 +464,39 @@ def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
     refuse_other_run(f"{folder}: is", theirs, worker.job.settings)
 
 
-def export(worker: Worker) -> None:
-    """Write the Hugging Face folder to score with, from full-precision weights. A collective."""
+def export(worker: Worker, held: State) -> None:
+    """Write the Hugging Face folder to score with, from full-precision weights. A collective.
+
+    `held` is where the run stood with the weights that the engine holds: at its end or its best.
+    """
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
     weights = dict(full_weights(inner, keep=rank == 0))
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
-        about = {**job.about, **dataclasses.asdict(worker.state)}
+        about = {**job.about, **dataclasses.asdict(held), "last_step": worker.state.step}
         beside = {}
         if attributes := attribute_weights(job.config):
             beside = {FILE: describe_heads(weights, attributes)}
             weights = fold_heads(weights, attributes)
-        manifest = export_model(
-            inner,
-            weights,
-            job.rendering,
-            job.paths.export,
-            dtype=worker.export_dtype,
-            training=about,
-            last_ids=job.last_ids,
-            beside=beside,
-        )
+        with writing(job.paths.export):
+            manifest = export_model(
+                inner,
+                weights,
+                job.rendering,
+                job.paths.export,
+                dtype=worker.export_dtype,
+                training=about,
+                last_ids=job.last_ids,
+                beside=beside,
+            )
         worker.session.send(
             "finish",
             {
                 **dataclasses.asdict(worker.state),
                 "export": str(job.paths.export),
+                "exported_step": held.step,
                 "bounds": manifest["bounds"],
             },
         )
@@ -495,7 +519,7 @@ def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, full.to("cpu", copy=True)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -504,7 +528,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -54,6 +54,7 @@ def zero_config(
     # which insists on a product, does not have to know.
     settings["train_batch_size"] = per_rank * config.gradient_accumulation_steps * num_ranks
     zero = settings.setdefault("zero_optimization", {})
+    _keep_checks(settings)
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3.")
@@ -172,6 +173,17 @@ def _check_optimizer(section: dict[str, Any] | None, config: RewardConfig) -> No
             raise ConfigError(
                 f"deepspeed.optimizer.params.{name}={value} contradicts "
                 f'{names.get(name, name)}={ours[name]}; write "auto" or take it out.'
+            )
+
+
+def _keep_checks(settings: Mapping[str, Any]) -> None:
+    """Refuse what makes DeepSpeed apply a gradient that is not finite."""
+    checks = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+    for section, name in checks:
+        if settings.get(section, {}).get(name) is False:
+            raise ConfigError(
+                f"deepspeed.{section}.{name}=false: a gradient that is not finite would be applied "
+                "unseen; take it out."
             )
 
 

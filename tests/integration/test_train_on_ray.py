@@ -198,6 +198,52 @@ def test_zero_3_partitions_trains_and_exports_the_same_model(
     assert len(shards) == 2
 
 
+@pytest.mark.slow
+def test_the_newest_and_the_best_are_kept_through_a_kill(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    """Two workers, a kill, a limit of two checkpoints, an early best, and the run started again."""
+    held_out = conversation_rows(12, seed=1)
+    wrong = [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in held_out]  # gets worse
+    changes = {
+        "save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "num_train_epochs": 3,
+        "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
+    }  # fmt: skip
+
+    def start(**more: Any) -> RewardTrainer:
+        run = trainer(model, tmp_path / "run", **changes, **more)
+        run.eval_dataset = datasets.Dataset.from_list(wrong)
+        return run
+
+    failing = start(max_failures=0)
+    killer = threading.Thread(target=kill_one_worker, args=(failing,))
+    killer.start()
+    with pytest.raises(TrainingError, match="started again, it goes on there"):
+        failing.train()
+    killer.join()
+    assert len(complete_checkpoints(failing.paths.run)) <= 2
+
+    run = start()
+    run.train()
+    curve = {e["step"]: e["eval_loss"] for e in run.state.log_history if "eval_loss" in e}
+    best = min(curve, key=curve.__getitem__)
+    assert list(curve) == [3, 6, 9, 12, 15, 18]
+    assert best == 3, "the best is to be older than the newest two: proves nothing"
+    kept = [int(folder.name.split("-")[1]) for folder in complete_checkpoints(run.paths.run)]
+    assert kept == [best, 18]
+    assert len(list(run.paths.run.glob("checkpoint-0*"))) == 2, "something was left half-written"
+    assert Scorer.from_pretrained(run.paths.export).info["training"]["step"] == best
+    losses_so_far = losses(reference)[: len(losses(run))]
+    assert losses(run) == pytest.approx(losses_so_far, abs=1e-5)
+
+    # Finished, and started again: nothing that Ray keeps of the run misses what was removed.
+    again = start()
+    before = weights_of(run)
+    again.train()
+    assert distance(weights_of(again), before) == 0.0
+    assert again.state.log_history == run.state.log_history
+
+
 def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
     model: Path, tmp_path: Path
 ) -> None:
