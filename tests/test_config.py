@@ -23,8 +23,9 @@ from raywards.config import (
     freeze,
 )
 from raywards.errors import ConfigError
+from raywards.rowset import show
 from raywards.settings import field_names, help_text, read_settings
-from raywards.sources import read_rows, show
+from raywards.sources import read_rows
 from raywards.trl_fields import REFUSED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
