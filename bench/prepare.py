@@ -7,7 +7,7 @@ The pairs are short conversations of common words, in one JSONL file. Each figur
 fresh process's:
 
     prepare   rows to shards, in the driver (tasks 1) or as so many Ray tasks at once; the shards
-              must be the same bytes
+              must be the same bytes. More pairs than the fewest: only the last of `--tasks`
     found     the same call again, as a run that is started again makes it: the file is hashed
     plan      what a worker does: the table is opened, the first step of an epoch and one in the
               middle of a later epoch are planned and dealt to 8 ranks, and pairs are read at random
@@ -58,26 +58,30 @@ def main() -> None:
         job = json.loads(args.child)
         print(json.dumps(SIDES[job.pop("side")](**job)))
         return
-    result = {"machine": machine.describe(threads=1), "settings": {"tasks": args.tasks}}
+    result = {
+        "machine": machine.describe(threads=1),
+        "settings": {"tasks": args.tasks, "global_batch": BATCH},
+    }
     with tempfile.TemporaryDirectory(dir=args.out.parent if args.out else None) as folder:
-        result["by_pairs"] = {
-            count: measure(Path(folder), int(count), args) for count in args.pairs.split(",")
-        }
+        tasks, result["by_pairs"] = args.tasks.split(","), {}
+        for count in args.pairs.split(","):
+            result["by_pairs"][count] = measure(Path(folder), int(count), tasks, args.tokenizer)
+            tasks = tasks[-1:]
     text = json.dumps(result, indent=1)
     print(text)
     if args.out:
         args.out.write_text(text + "\n", encoding="utf-8")
 
 
-def measure(folder: Path, pairs: int, args: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, pairs: int, asked: list[str], tokenizer: Path) -> dict[str, Any]:
     """All sides for one number of pairs; its files are removed."""
     source = folder / f"{pairs}.jsonl"
     write_rows(source, pairs)
     found: dict[str, Any] = {"source_bytes": source.stat().st_size}
     digests = set()
-    for tasks in args.tasks.split(","):
+    for tasks in asked:
         out = folder / f"prepared-{pairs}-{tasks}"
-        job = {"source": str(source), "out": str(out), "tokenizer": str(args.tokenizer.resolve())}
+        job = {"source": str(source), "out": str(out), "tokenizer": str(tokenizer.resolve())}
         name = f"prepare_{tasks}"
         found[name] = run("prepare", tasks=int(tasks), **job)
         found[f"found_{tasks}"] = run("prepare", tasks=int(tasks), **job)

@@ -1,9 +1,9 @@
-"""The tables of the README, from the results in `bench/results`.
+"""The tables of the README and of docs/data.md, from the results in `bench/results`.
 
     python bench/report.py           print them
-    python bench/report.py --write   put them into README.md, between its two marks
+    python bench/report.py --write   put them into their pages, between two marks
 
-A test compares the README with what this makes, so no figure there is typed by hand.
+A test compares the pages with what this makes, so no figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,15 @@ SIDES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into the pages")
     args = parser.parse_args()
-    text = tables()
-    if not args.write:
-        print(text)
-        return
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
+    for page, text in {"README.md": tables(), "docs/data.md": preparation()}.items():
+        if not args.write:
+            print(text)
+            continue
+        before, _, rest = (ROOT / page).read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        (ROOT / page).write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
 
 
 def tables() -> str:
@@ -107,6 +107,46 @@ def scoring(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {title} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def preparation() -> str:
+    """Figures of `bench/prepare.py`, a column for each number of pairs."""
+    result = load(RESULTS / "prepare_million.json")
+    columns = list(result["by_pairs"].values())
+    alone = columns[0]["prepare_1"]
+    figures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "pairs": lambda c: f"{c['prepare_2']['pairs']:,}",
+        "prepared by two Ray tasks at once, pairs/s": lambda c: (
+            f"{c['prepare_2']['pairs_per_second']:,.0f}"
+        ),
+        "found again, s": lambda c: f"{c['found_2']['seconds']:.1f}",
+        "JSONL, MB": lambda c: f"{c['source_bytes'] / 1e6:,.0f}",
+        "prepared, MB": lambda c: f"{c['disk_bytes'] / 1e6:,.0f}",
+        "table opened, ms": lambda c: f"{1e3 * c['plan']['open_s']:.0f}",
+        "first step planned, ms": lambda c: f"{1e3 * c['plan']['first_step_s']:.0f}",
+        "resumed in the middle of epoch 3, ms": lambda c: f"{1e3 * c['plan']['resume_s']:.0f}",
+        "memory of the driver meanwhile, MiB": lambda c: memory(c["prepare_2"], "driver"),
+        "of a task, MiB": lambda c: memory(c["prepare_2"], "task"),
+        "of a worker that plans and reads, MiB": lambda c: memory(c["plan"], "driver"),
+    }
+    rows = [f"| {name} | {' | '.join(map(of, columns))} |" for name, of in figures.items()]
+    rows.insert(1, "|---" * (len(columns) + 1) + "|")
+    sides = [side for column in columns for side in column.values() if isinstance(side, dict)]
+    busy = max(side["others_cores"] for side in sides)
+    tokens = columns[-1]["plan"]["tokens_a_pair"]
+    about = result["machine"]
+    return "\n".join(rows) + (
+        f"\n\nPairs of {tokens:.0f} tokens on average. Memory is the peak: a process's own + pages "
+        "of files that it maps, its libraries among them.\nThe driver alone prepares "
+        f"{columns[0]['prepare_2']['pairs']:,} at {alone['pairs_per_second']:,.0f} pairs/s in "
+        f"{memory(alone, 'driver')} MiB. Measured by\n"
+        f"`{about['command']}` on {machine.in_words(about)}; other processes took up to "
+        f"{busy:.1f} cores of it meanwhile, so the times are upper bounds.\n"
+    )
+
+
+def memory(side: dict[str, Any], process: str) -> str:
+    return "{anonymous:.0f} + {mapped:.0f}".format(**side["peak_mib"][process])
 
 
 def cell(side: str, found: dict[str, Any]) -> str:

@@ -379,7 +379,7 @@ class TrainPlan:
 
 def _rounds(count: int, weight: float) -> int:
     """How many pairs of a source of `count` an epoch trains: at least one."""
-    return max(1, round(count * weight)) if count else 0
+    return max(1, round(count * weight))
 
 
 def _permutation(count: int, seed: int) -> NDArray[numpy.int64]:

@@ -359,7 +359,7 @@ def test_a_folder_that_tasks_do_not_see_is_told(
         ray, module._encode_range, shared, iter([(0, rows.part(0, 3), [], 2)]), at_once=1
     )
     with pytest.raises(ConfigError, match="elsewhere: is not there on node"):
-        module._gather([summary], SETTINGS)
+        module._gather([summary])
 
 
 @pytest.mark.ray

@@ -10,6 +10,7 @@ started again finds it, and changed data makes a new one. `prepared.json` is wri
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,8 +114,11 @@ def prepare(
             logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
             return prepared
         ray = connect() if connect and sum(map(len, row_sets)) > _ROWS_PER_SHARD else None
-        summaries = _encode(row_sets, rendering, settings, partial, ray, tasks_at_once)
-        total = _gather(summaries, settings)
+        # Closed, so that no task still writes when the folder is removed.
+        with contextlib.closing(
+            _encode(row_sets, rendering, settings, partial, ray, tasks_at_once)
+        ) as summaries:
+            total = _gather(summaries)
         _refuse_nothing_left(name, total)
         _write_lengths(partial, total["num_pairs"], total["files"])
         _keep_only(partial, total["files"])
@@ -141,7 +145,9 @@ def weigh(
                 f"dataset_weights.{name}: there is no such source among "
                 f"{', '.join(map(repr, known))}.{did_you_mean(name, known)}"
             )
-    return tuple((count, weights.get(name, 1.0)) for name, count in sources) if weights else ()
+    if not weights:
+        return ()
+    return tuple((count, weights.get(name, 1.0)) for name, count in sources if count)
 
 
 def _fingerprint(row_sets: list[RowSet], rendering: Rendering, settings: EncodeSettings) -> str:
@@ -197,7 +203,7 @@ def _encode(
     folder: Path,
     ray: Any,
     at_once: int | None,
-) -> Iterator[_Summary]:
+) -> Generator[_Summary, None, None]:
     """Encode range by range, here or as tasks; summaries come in the order of the rows."""
     shared = (rendering, settings, folder)
     work = (
@@ -313,7 +319,7 @@ def _not_seen(folder: Path) -> ConfigError:
 # ---------------------------------------------------------------- all of them
 
 
-def _gather(summaries: Iterable[_Summary], settings: EncodeSettings) -> dict[str, Any]:
+def _gather(summaries: Iterable[_Summary]) -> dict[str, Any]:
     """What `prepared.json` says. Raises for bad rows as soon as there is a screenful of them."""
     dropped: collections.Counter[str] = collections.Counter()
     bad: list[RowError] = []

@@ -6,7 +6,7 @@ output has its place in a name, and only small summaries come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ def in_order(
     work: Iterator[tuple[Any, ...]],
     *,
     at_once: int | None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """`function(shared, *one)` for each of `work`, as tasks of one CPU; results in its order.
 
     `work` is taken up as tasks end, so no more of it is in memory than runs: `at_once` tasks, or as
