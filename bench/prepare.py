@@ -12,6 +12,8 @@ fresh process's:
     plan      what a worker does: the table is opened, the first step of an epoch and one in the
               middle of a later epoch are planned and dealt to 8 ranks, and pairs are read at random
 
+    forty     the same as plan, of a table that has the largest one's files forty times, as links
+
 Memory is the peak over the process's life, sampled: `anonymous` is what it holds for itself,
 `mapped` are pages of files, which the kernel takes back when it needs them. `others_cores` is the
 mean number of cores that were busy with something else: figures with much of that are worth little.
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import numpy
 import psutil
 
 ROOT = Path(__file__).parent.parent
@@ -91,9 +94,27 @@ def measure(folder: Path, pairs: int, asked: list[str], tokenizer: Path) -> dict
         raise SystemExit("the shards depend on how they were made")
     [prepared] = out.iterdir()
     found["plan"] = run("plan", prepared=str(prepared))
+    if len(asked) == 1:
+        forty = folder / "forty"
+        multiply(prepared, forty, 40)
+        found["forty"] = run("plan", prepared=str(forty))
     for path in sorted(folder.rglob("*"), reverse=True):
         path.unlink() if path.is_file() else path.rmdir()
     return found
+
+
+def multiply(prepared: Path, to: Path, times: int) -> None:
+    """A prepared folder with the pairs of another, so many times. Its shards are hard links."""
+    about = json.loads((prepared / "prepared.json").read_text())
+    files = {name: size for name, size in about["files"].items() if name.startswith("pairs-")}
+    to.mkdir()
+    linked = {}
+    for place, name in enumerate(list(files) * times):
+        os.link(prepared / name, to / f"pairs-{place:05d}.arrow")
+        linked[f"pairs-{place:05d}.arrow"] = files[name]
+    numpy.save(to / "lengths.npy", numpy.tile(numpy.load(prepared / "lengths.npy"), times))
+    linked["lengths.npy"] = (to / "lengths.npy").stat().st_size
+    (to / "prepared.json").write_text(json.dumps({**about, "files": linked}))
 
 
 def write_rows(file: Path, count: int) -> None:
@@ -196,7 +217,13 @@ def plan_side(prepared: str) -> dict[str, Any]:
             tokens += sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
     times["step_s"] = (time.perf_counter() - start) / STEPS_READ
     _, measured = watch.stop()
-    return {**times, "pairs_read": read, "tokens_a_pair": tokens / read, **measured}
+    return {
+        "pairs": len(table),
+        **times,
+        "pairs_read": read,
+        "tokens_a_pair": tokens / read,
+        **measured,
+    }
 
 
 SIDES = {"prepare": prepare_side, "plan": plan_side}
@@ -229,8 +256,9 @@ class Watch:
                     memory = process.memory_info()
                 except psutil.NoSuchProcess:
                     continue
-                if kind == "driver" or kind.startswith("ray::_encode"):
-                    kind = kind.removeprefix("ray::_encode_").replace("range", "task")
+                if kind.startswith("ray::_encode"):  # Linux may cut the rest off
+                    kind = "task"
+                if kind in ("driver", "task"):
                     peak = self._peaks.setdefault(kind, {"anonymous": 0.0, "mapped": 0.0})
                     own = (memory.rss - memory.shared) / MIB
                     peak["anonymous"] = round(max(peak["anonymous"], own), 1)
