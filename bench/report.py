@@ -110,39 +110,55 @@ def scoring(results: list[dict[str, Any]]) -> str:
 
 
 def preparation() -> str:
-    """Figures of `bench/prepare.py`, a column for each number of pairs."""
+    """Figures of `bench/prepare.py`: a column for each number of pairs, and one of forty times."""
     result = load(RESULTS / "prepare_million.json")
-    columns = list(result["by_pairs"].values())
-    alone = columns[0]["prepare_1"]
-    figures: dict[str, Callable[[dict[str, Any]], str]] = {
-        "pairs": lambda c: f"{c['prepare_2']['pairs']:,}",
+    few, many = result["by_pairs"].values()
+    prepared: dict[str, Callable[[dict[str, Any]], str]] = {
         "prepared by two Ray tasks at once, pairs/s": lambda c: (
             f"{c['prepare_2']['pairs_per_second']:,.0f}"
         ),
+        "memory of the driver meanwhile, MiB": lambda c: memory(c["prepare_2"], "driver"),
+        "of a task, MiB": lambda c: memory(c["prepare_2"], "task"),
         "found again, s": lambda c: f"{c['found_2']['seconds']:.1f}",
         "JSONL, MB": lambda c: f"{c['source_bytes'] / 1e6:,.0f}",
         "prepared, MB": lambda c: f"{c['disk_bytes'] / 1e6:,.0f}",
-        "table opened, ms": lambda c: f"{1e3 * c['plan']['open_s']:.0f}",
-        "first step planned, ms": lambda c: f"{1e3 * c['plan']['first_step_s']:.0f}",
-        "resumed in the middle of epoch 3, ms": lambda c: f"{1e3 * c['plan']['resume_s']:.0f}",
-        "memory of the driver meanwhile, MiB": lambda c: memory(c["prepare_2"], "driver"),
-        "of a task, MiB": lambda c: memory(c["prepare_2"], "task"),
-        "of a worker that plans and reads, MiB": lambda c: memory(c["plan"], "driver"),
     }
-    rows = [f"| {name} | {' | '.join(map(of, columns))} |" for name, of in figures.items()]
-    rows.insert(1, "|---" * (len(columns) + 1) + "|")
-    sides = [side for column in columns for side in column.values() if isinstance(side, dict)]
+    planned: dict[str, Callable[[dict[str, Any]], str]] = {
+        "table opened, s": lambda plan: f"{plan['open_s']:.2f}",
+        "first step planned, s": lambda plan: f"{plan['first_step_s']:.2f}",
+        "resumed in the middle of epoch 3, s": lambda plan: f"{plan['resume_s']:.2f}",
+        "memory of a worker that plans and reads, MiB": lambda plan: memory(plan, "driver"),
+    }
+    plans = [few["plan"], many["plan"], many["forty"]]
+    rows = [["pairs", *(f"{plan['pairs']:,}" for plan in plans)], ["---"] * 4]
+    rows += [[name, of(few), of(many), ""] for name, of in prepared.items()]
+    rows += [[name, *map(of, plans)] for name, of in planned.items()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *remarks(result, few, many)]) + "\n"
+
+
+def remarks(result: dict[str, Any], few: dict[str, Any], many: dict[str, Any]) -> list[str]:
+    sides = [side for column in (few, many) for side in column.values() if isinstance(side, dict)]
     busy = max(side["others_cores"] for side in sides)
-    tokens = columns[-1]["plan"]["tokens_a_pair"]
-    about = result["machine"]
-    return "\n".join(rows) + (
-        f"\n\nPairs of {tokens:.0f} tokens on average. Memory is the peak: a process's own + pages "
-        "of files that it maps, its libraries among them.\nThe driver alone prepares "
-        f"{columns[0]['prepare_2']['pairs']:,} at {alone['pairs_per_second']:,.0f} pairs/s in "
-        f"{memory(alone, 'driver')} MiB. Measured by\n"
-        f"`{about['command']}` on {machine.in_words(about)}; other processes took up to "
-        f"{busy:.1f} cores of it meanwhile, so the times are upper bounds.\n"
-    )
+    alone, about = few["prepare_1"], result["machine"]
+    hours = 40 * many["prepare_2"]["seconds"] / 3600
+    times = many["forty"]["pairs"] / many["plan"]["pairs"]
+    return [
+        f"Pairs of {many['plan']['tokens_a_pair']:.0f} tokens on average; the third column has the "
+        f"second's files {times:.0f} times, as links. Memory is the peak: a process's own + pages "
+        "of files that it maps, its libraries among them, which the kernel takes back when it "
+        f"needs them. The driver alone prepares {alone['pairs']:,} at "
+        f"{alone['pairs_per_second']:,.0f} pairs/s in {memory(alone, 'driver')} MiB.",
+        "",
+        f"Forty million such pairs are {40 * many['source_bytes'] / 1e9:.0f} GB of JSONL and "
+        f"{40 * many['disk_bytes'] / 1e9:.0f} GB prepared, in 2,000 shards: {hours:.1f} hours of "
+        f"these two tasks, or {hours / 32:.1f} of 64. A worker holds 8 bytes a pair for the order "
+        "of an epoch (0.32 GB), and some 0.3 GB of places in the shards; `lengths.npy` (0.32 GB) "
+        "is mapped, once for all workers of a node. The driver holds 8 bytes a line of JSONL.",
+        "",
+        f"`{about['command']}` on {machine.in_words(about)}. Other processes took up to "
+        f"{busy:.1f} cores of it meanwhile: the times are upper bounds.",
+    ]
 
 
 def memory(side: dict[str, Any], process: str) -> str:
