@@ -155,8 +155,12 @@ class RewardConfig:
     """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used."""
     eos_token: str | None = None
     """Token that closes plain text, if not the tokenizer's own."""
+    dataset_weights: dict[str, Annotated[float, Field(gt=0)]] | str | None = None
+    """How often an epoch trains the pairs of a source, by its name: 2 twice, 0.5 half of them, and
+    the other half in the next epoch. Default, also for a source that is not named: once."""
     dataset_num_proc: Positive | None = None
-    """Processes that encode rows. Default: one."""
+    """Ray tasks that encode rows at the same time. 1: in the driver's process. Default: as many as
+    the cluster has CPUs, or 1 without workers. Up to 20,000 rows never take more than one."""
 
     # ---- log, evaluate, save (TRL, transformers)
     logging_steps: Positive = 10
@@ -235,6 +239,11 @@ class RewardConfig:
     first start."""
     ddp_timeout: Positive = 1800
     """Seconds after which a collective operation is taken to hang."""
+
+    @field_validator("dataset_weights", mode="before")
+    @classmethod
+    def _weights_from_json(cls, value: Any) -> Any:
+        return read_mapping(value) if isinstance(value, str) else value
 
     @field_validator("deepspeed", mode="before")
     @classmethod

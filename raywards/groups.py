@@ -29,7 +29,7 @@ from raywards.preferences import (
     render_answers,
 )
 from raywards.rendering import Rendering, truncate
-from raywards.sources import Row, RowRef, refuse_row, show
+from raywards.rowset import Row, RowRef, refuse_row, show
 
 RANKINGS = ("plackett_luce", "all_pairs")
 

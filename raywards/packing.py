@@ -20,7 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = Sequence[int]
@@ -333,27 +335,67 @@ class TrainPlan:
     seed: int
     shuffle: bool = True
     drop_last: bool = False
+    mixture: tuple[tuple[int, float], ...] = ()
+    """Pairs and weight of each source, in the order of the pairs; empty: all weigh 1.
+
+    An epoch trains each pair of a source `weight` times: with 0.5 half of them, and the others in
+    the next epoch. After any number of epochs no pair of a source is more than one time ahead.
+    """
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        if not self.mixture:
+            return self.num_pairs
+        return sum(_rounds(count, weight) for count, weight in self.mixture)
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(self.num_pairs, self.global_batch)
+        whole, rest = divmod(self.pairs_per_epoch, self.global_batch)
         return whole if self.drop_last or not rest else whole + 1
 
-    def order(self, epoch: int) -> list[int]:
-        """Indices of the pairs in the order in which `epoch` trains them."""
+    def order(self, epoch: int) -> NDArray[numpy.int64]:
+        """Indices of the pairs in the order in which `epoch` trains them. [pairs_per_epoch]"""
+        pairs = self._mixed(epoch) if self.mixture else None
         if not self.shuffle:
-            return list(range(self.num_pairs))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_pairs, generator=generator).tolist()
+            return numpy.arange(self.num_pairs) if pairs is None else pairs
+        order = _permutation(self.pairs_per_epoch, self.seed + epoch)
+        return order if pairs is None else pairs[order]
 
     def steps(self, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
-        """(step, indices of its global batch) for every step from `first` up to `total`."""
-        order: list[int] = []
+        """(step, indices of its global batch) for every step from `first` up to `total`.
+
+        To begin in the middle costs no more than to begin an epoch.
+        """
+        order = None
         for step in range(first, total):
             epoch, inside = divmod(step, self.steps_per_epoch)
-            if not order or inside == 0:
+            if order is None or inside == 0:
                 order = self.order(epoch)
-            yield step, order[inside * self.global_batch : (inside + 1) * self.global_batch]
+            start = inside * self.global_batch
+            yield step, order[start : start + self.global_batch].tolist()
+
+    def _mixed(self, epoch: int) -> NDArray[numpy.int64]:
+        """The pairs of an epoch, source by source, each as often as its weight says."""
+        parts = []
+        start = 0
+        for count, weight in self.mixture:
+            times, rest = divmod(_rounds(count, weight), count)
+            parts += times * [numpy.arange(start, start + count)]
+            if rest:  # a window that moves over a fixed permutation, epoch by epoch
+                window = (epoch * rest + numpy.arange(rest)) % count
+                parts.append(start + numpy.sort(_permutation(count, self.seed)[window]))
+            start += count
+        return numpy.concatenate(parts)
+
+
+def _rounds(count: int, weight: float) -> int:
+    """How many pairs of a source of `count` an epoch trains: at least one."""
+    return max(1, round(count * weight))
+
+
+def _permutation(count: int, seed: int) -> NDArray[numpy.int64]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator).numpy()
 
 
 def deal(
@@ -391,7 +433,11 @@ def deal(
 
 
 def deal_batches(
-    indices: Sequence[int], lengths: Sequence[int], *, num_ranks: int, per_forward: int
+    indices: Sequence[int],
+    lengths: Sequence[int] | Mapping[int, int],
+    *,
+    num_ranks: int,
+    per_forward: int,
 ) -> list[list[list[int]]]:
     """The same for a model that pads: `per_forward` pairs of like length share a forward.
 

@@ -30,7 +30,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from raywards.errors import ConversationError, RowError, did_you_mean
 from raywards.rendering import Rendering, truncate
-from raywards.sources import Row, RowRef, refuse_row, show
+from raywards.rowset import Row, RowRef, refuse_row, show
 
 PairTruncation: TypeAlias = Literal["drop", "left", "right"]
 

@@ -26,8 +26,9 @@ from raywards.config import (
     worker_range,
 )
 from raywards.errors import ConfigError
+from raywards.rowset import show
 from raywards.settings import field_names, help_text, read_settings
-from raywards.sources import read_rows, show
+from raywards.sources import read_rows
 from raywards.trl_fields import REFUSED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
@@ -80,6 +81,9 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_scheduler_type": "cosin"}, ["lr_scheduler_type:", "'cosine'"]),
     ({"model_init_kwargs": "dtype"}, ["model_init_kwargs:", "mapping", "'dtype'"]),
     ({"model_init_kwargs": '{"dtype": '}, ["model_init_kwargs:", "mapping"]),
+    ({"dataset_weights": {"a": 0}}, ["dataset_weights", "greater than 0", "got 0"]),
+    ({"dataset_weights": '{"a": -1}'}, ["dataset_weights", "greater than 0"]),
+    ({"dataset_weights": "a"}, ["dataset_weights", "mapping"]),
     ({"resources_per_worker": "[1]"}, ["resources_per_worker:", "mapping"]),
     ({"resources_per_worker": 4}, ["resources_per_worker"]),
     ({"storage_path": "s3://bucket"}, ["storage_path:", "folder that every node sees"]),
@@ -285,10 +289,12 @@ FLAGS = [
     "--output_dir", "out", "--learning_rate", "3e-5", "--bf16", "False", "--max_steps", "7",
     "--eval_strategy", "steps", "--model_init_kwargs", '{"dtype": "bfloat16"}',
     "--deepspeed", "3", "--max_length", "64", "--num_workers", "2",
+    "--dataset_weights", '{"a.jsonl": 2}',
 ]  # fmt: skip
 PARSED = RewardConfig(
     output_dir="out", learning_rate=3e-5, bf16=False, max_steps=7, eval_strategy="steps",
     model_init_kwargs={"dtype": "bfloat16"}, deepspeed=3, max_length=64, num_workers=2,
+    dataset_weights={"a.jsonl": 2.0},
 )  # fmt: skip
 
 

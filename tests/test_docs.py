@@ -26,12 +26,12 @@ from raywards.errors import RowError
 from raywards.groups import Rating, encode_group
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
+from raywards.rowset import RowRef
 from raywards.schemas import NOT_BUILT, Message, RewardItem, RewardRequest, RewardResponse
 from raywards.schemas import Timing as ReplyTiming
 from raywards.schemas import Usage as ReplyUsage
 from raywards.serve.app import create_app
 from raywards.serve.replica import RewardService
-from raywards.sources import RowRef
 from raywards.train.runfolder import _MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent

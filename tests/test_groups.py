@@ -12,7 +12,7 @@ from raywards.errors import RowError
 from raywards.groups import Ranking, Rating, columns_of, encode_group, is_conversational
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
-from raywards.sources import RowRef
+from raywards.rowset import RowRef
 
 RENDERING = Rendering(chatml_tokenizer())
 WHERE = RowRef("rows.jsonl", 17, 18)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # From the lowest layer to the highest. Modules of one layer do not import each other.
 LAYERS = [
     ["errors", "trl_fields"],
-    ["settings"],
+    ["settings", "rowset"],
     ["config", "schemas", "conversation", "sources"],
     ["client", "control_tokens", "packing", "families", "serve.batcher"],
     ["rendering", "attention"],
@@ -31,7 +31,7 @@ LAYERS = [
     ["settle", "invariance"],
     ["checkpoint"],
     ["scorer"],
-    ["train.table", "train.storage"],
+    ["train.table", "train.storage", "train.tasks"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         "train.reshard",

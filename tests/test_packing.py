@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -542,14 +543,14 @@ def test_the_order_is_that_of_accelerates_seedable_sampler(
         list(range(num_pairs)), data_seed=seed, generator=torch.Generator().manual_seed(0)
     )
     sampler.set_epoch(epoch)
-    assert TrainPlan(num_pairs, 4, seed).order(epoch) == list(sampler)
+    assert TrainPlan(num_pairs, 4, seed).order(epoch).tolist() == list(sampler)
 
 
 def test_orders_of_two_seeds_and_of_two_epochs_differ() -> None:
     plan = TrainPlan(100, 8, seed=1)
-    assert plan.order(0) != plan.order(1)
-    assert plan.order(0) != TrainPlan(100, 8, seed=7).order(0)
-    assert TrainPlan(100, 8, seed=1, shuffle=False).order(3) == list(range(100))
+    assert plan.order(0).tolist() != plan.order(1).tolist()
+    assert plan.order(0).tolist() != TrainPlan(100, 8, seed=7).order(0).tolist()
+    assert TrainPlan(100, 8, seed=1, shuffle=False).order(3).tolist() == list(range(100))
 
 
 @quick
@@ -569,7 +570,7 @@ def test_every_pair_is_trained_once_an_epoch_in_full_batches(plan: TrainPlan) ->
     for epoch in range(2):
         steps = [batch for _, batch in plan.steps(epoch * count, (epoch + 1) * count)]
         seen = list(itertools.chain.from_iterable(steps))
-        assert seen == plan.order(epoch)[: len(seen)]
+        assert seen == plan.order(epoch)[: len(seen)].tolist()
         assert all(len(batch) == plan.global_batch for batch in steps[:-1])
         left_out = plan.num_pairs - len(seen)
         if plan.drop_last:
@@ -577,6 +578,44 @@ def test_every_pair_is_trained_once_an_epoch_in_full_batches(plan: TrainPlan) ->
             assert left_out == plan.num_pairs % plan.global_batch
         else:
             assert left_out == 0
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_a_mixture_trains_each_pair_as_often_as_its_weight_says(
+    mixture: list[tuple[int, float]], shuffle: bool
+) -> None:
+    num_pairs = sum(count for count, _ in mixture)
+    plan = TrainPlan(num_pairs, 4, seed=3, shuffle=shuffle, mixture=tuple(mixture))
+    times = numpy.zeros(num_pairs, int)
+    for epoch in range(5):
+        order = plan.order(epoch)
+        assert len(order) == plan.pairs_per_epoch
+        times += numpy.bincount(order, minlength=num_pairs)
+        start = 0
+        for count, weight in mixture:
+            drawn = times[start : start + count]
+            assert drawn.sum() == (epoch + 1) * max(1, round(count * weight))
+            assert drawn.max() - drawn.min() <= 1
+            start += count
+    assert plan.order(2).tolist() == TrainPlan(**vars(plan)).order(2).tolist()
+
+
+def test_weights_of_one_change_nothing() -> None:
+    plain = TrainPlan(10, 4, seed=1)
+    weighed = TrainPlan(10, 4, seed=1, mixture=((3, 1.0), (7, 1.0)))
+    assert weighed.order(2).tolist() == plain.order(2).tolist()
+    assert list(weighed.steps(1, 6)) == list(plain.steps(1, 6))
+
+
+def test_half_of_a_source_is_followed_by_its_other_half() -> None:
+    plan = TrainPlan(10, 4, seed=1, mixture=((6, 0.5), (4, 2.0)))
+    first, second = ([i for i in plan.order(epoch) if i < 6] for epoch in range(2))
+    assert sorted([*first, *second]) == list(range(6))
+    assert sorted(i for i in plan.order(0) if i >= 6) == [6, 6, 7, 7, 8, 8, 9, 9]
 
 
 def test_dropping_the_last_batch_leaves_the_remainder_out() -> None:

@@ -11,14 +11,14 @@ import logging
 import os
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from raywards.config import HUGE_PAGES, worker_range
+from raywards.config import HUGE_PAGES, RewardConfig, worker_range
 from raywards.errors import ConfigError, RaywardsError, TrainingError
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
@@ -32,15 +32,43 @@ _START_TIMEOUT, _START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15
 
 def connect() -> Any:
     """The `ray` module, connected: to the cluster of RAY_ADDRESS, or to a new local one."""
+    ray = _installed()
+    if not ray.is_initialized():
+        ray.init()
+    return ray
+
+
+def _installed() -> Any:
     try:
         import ray
     except ImportError:
         raise ConfigError(
-            "num_workers above 0 needs Ray: pip install 'raywards[train]', or set num_workers=0."
+            "num_workers above 0 and dataset_num_proc above 1 need Ray: pip install "
+            "'raywards[train]', or leave both out."
         ) from None
-    if not ray.is_initialized():
-        ray.init()
     return ray
+
+
+@contextlib.contextmanager
+def ray_for_tasks(config: RewardConfig) -> Iterator[Callable[[], Any] | None]:
+    """`connect`, where rows are to be encoded as Ray tasks; else None.
+
+    Without workers, a Ray that was started for it alone is stopped again.
+    """
+    if config.dataset_num_proc == 1 or not (config.num_workers or config.dataset_num_proc):
+        yield None
+        return
+    started = []
+
+    def connect_and_tell() -> Any:
+        started.append(not _installed().is_initialized())
+        return connect()
+
+    try:
+        yield connect_and_tell
+    finally:
+        if any(started) and config.num_workers == 0:
+            _installed().shutdown()
 
 
 def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -> None:

@@ -33,11 +33,12 @@ from raywards.config import (
 from raywards.errors import CheckpointError, ConfigError, TrainingError
 from raywards.heads import restore_heads, widen_head
 from raywards.loader import create_model_from_path, describe_files, load_tokenizer
+from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.train.best import Goal
-from raywards.train.cluster import connect, run_on_ray
+from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
 from raywards.train.loop import evaluate_alone, train
-from raywards.train.prepare import EncodeSettings, Prepared, prepare
+from raywards.train.prepare import EncodeSettings, Prepared, prepare, weigh
 from raywards.train.runfolder import (
     claim,
     fixed_settings,
@@ -78,8 +79,9 @@ class RewardTrainer:
     Args:
         model: A hub id, a folder, or a transformers classifier with one label.
         args: Settings; default: `RewardConfig()`.
-        train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset`, a hub id, a
-            JSONL, JSON or Parquet file, a saved dataset folder, or a list of these.
+        train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset` or
+            `IterableDataset`, a hub id, a JSONL, JSON or Parquet file, a saved dataset folder, a
+            list of these, or a mapping of names to them.
         eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
         processing_class: Tokenizer, if not the model's own.
 
@@ -369,18 +371,25 @@ class RewardTrainer:
         return None
 
     def _prepare_job(self, settings: dict[str, Any]) -> Job:
-        encoding = self._encode_settings()
-        num_proc = self.args.dataset_num_proc or 1
-        pairs = prepare(
-            self.train_dataset, self._rendering, encoding, self.paths.prepared,
-            name="train", num_proc=num_proc,
-        )  # fmt: skip
+        batch = settings["global_batch"]
+        with ray_for_tasks(self.args) as connect:
+            pairs = prepare(
+                self.train_dataset,
+                self._rendering,
+                self._encode_settings(),
+                self.paths.prepared,
+                name="train",
+                most_of_stream=self.args.max_steps * batch if self.args.max_steps > 0 else None,
+                connect=connect,
+                tasks_at_once=self.args.dataset_num_proc,
+            )
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
         Goal.of(self.args).refuse_unknown_metric(
             {prefix: held_out.folder for prefix, held_out in evals.items()}
         )
-        self._refuse_empty_epoch(pairs, settings["global_batch"])
+        mixture = weigh(pairs.sources, self.args.dataset_weights)  # type: ignore[arg-type]
+        self._refuse_empty_epoch(TrainPlan(pairs.num_pairs, batch, seed=0, mixture=mixture))
         settings["pairs"] = pairs.fingerprint
         claim(self.paths, self.args, settings)
         model = self._model
@@ -411,14 +420,15 @@ class RewardTrainer:
                 "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
             },
             last_ids=pairs.last_ids,
+            mixture=mixture,
         )
 
-    def _refuse_empty_epoch(self, pairs: Prepared, batch: int) -> None:
-        if self.args.dataloader_drop_last and pairs.num_pairs < batch:
+    def _refuse_empty_epoch(self, plan: TrainPlan) -> None:
+        if self.args.dataloader_drop_last and plan.pairs_per_epoch < plan.global_batch:
             raise ConfigError(
-                f"dataloader_drop_last=True leaves nothing to train: there are {pairs.num_pairs} "
-                f"pairs, and a global batch takes {batch}. Set it to False, or lower "
-                "per_device_train_batch_size."
+                "dataloader_drop_last=True leaves nothing to train: an epoch has "
+                f"{plan.pairs_per_epoch} pairs, and a global batch takes {plan.global_batch}. Set "
+                "it to False, or lower per_device_train_batch_size."
             )
 
     def _plan_in_words(self, job: Job, use_gpu: bool) -> str:

@@ -72,6 +72,8 @@ class Job:
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
+    mixture: tuple[tuple[int, float], ...] = ()
+    """Pairs and weight of each source, where some weigh other than 1."""
 
 
 @dataclass
@@ -186,6 +188,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,
+        mixture=job.mixture,
     )
     total_steps = count_steps(config, plan)
     optimizer = build_optimizer(model, config)
@@ -299,9 +302,10 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     model: RewardModel = engine.module
     bf16 = config.bf16 if config.bf16 is not None else True
     settle_path(model, run=engine, autocast=bf16)
-    if max(pairs.lengths) > model.max_tokens:
+    longest = int(pairs.lengths.max())
+    if longest > model.max_tokens:
         raise ConfigError(
-            f"max_length={config.max_length}: there are sequences of {max(pairs.lengths)} tokens, "
+            f"max_length={config.max_length}: there are sequences of {longest} tokens, "
             f"and beyond {model.max_tokens} a reward of {type(model.inner).__name__} depends on "
             f"what else is in its batch (docs/families.md). Set max_length={model.max_tokens}."
         )
@@ -319,9 +323,7 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
             num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         ),
         most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
-        longest=pairs.most_sequences * per_forward * max(pairs.lengths)
-        if padded
-        else max(pairs.tokens),
+        longest=pairs.most_sequences * per_forward * longest if padded else int(pairs.tokens.max()),
         checkpointing=config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
     )
