@@ -49,7 +49,8 @@ def run(worker: Worker) -> None:
     state = resume(worker)
     clock = Clock()
     if session.rank == 0:
-        session.send("start", {"step": state.step, "total": worker.total_steps})
+        start = {"step": state.step, "total": worker.total_steps}
+        session.send("start", {**start, "steps_per_epoch": worker.plan.steps_per_epoch})
     if config.eval_on_start and state.step == 0:
         evaluate(worker)
 
@@ -63,6 +64,8 @@ def run(worker: Worker) -> None:
 
         if is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker):
             log(worker, learning_rate, clock)
+        if ends_epoch(worker) and session.rank == 0:
+            session.send("epoch", {"step": state.step})
         if config.eval_strategy == "epoch" and ends_epoch(worker):
             evaluate(worker)
         if config.eval_strategy == "steps" and is_due(
@@ -73,8 +76,20 @@ def run(worker: Worker) -> None:
             save(worker)
         if session.rank == 0 and clock.ticks():
             session.send("tick", {"step": state.step})
+        if worker.job.may_stop and session.should_stop():
+            stop(worker)
+            break
 
     export(worker)
+
+
+def stop(worker: Worker) -> None:
+    """End a run that a callback asked to stop, after this step. A collective."""
+    if not is_save_due(worker):
+        save(worker)
+    if worker.session.rank == 0:
+        text = f"Stopped after step {worker.state.step}, as a callback asked."
+        worker.session.send("note", {"text": text})
 
 
 # ---------------------------------------------------------------- one step

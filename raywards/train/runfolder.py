@@ -19,7 +19,8 @@ _MAY_CHANGE = {
     "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     "hub_private_repo", "max_failures", "ddp_timeout", "dataset_num_proc", "resources_per_worker",
     "use_gpu", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "max_tokens_per_row",
+    "max_tokens_per_row", "report_to", "project", "trackio_space_id", "trackio_bucket_id",
+    "trackio_static_space_id", "hub_revision",
 }  # fmt: skip
 
 
@@ -29,7 +30,7 @@ def claim(paths: RunPaths, config: RewardConfig, facts: Mapping[str, Any]) -> st
     `facts` are what settings alone do not tell (the pairs, the model); they replace settings of
     their names. Raises `CheckpointError` for a folder whose checkpoints belong to another run.
     """
-    ours = {k: v for k, v in as_dict(config).items() if k not in _MAY_CHANGE} | dict(facts)
+    ours = that_decide(as_dict(config)) | dict(facts)
     file = paths.run / "run.json"
     if file.is_file() and complete_checkpoints(paths.run):
         theirs = _read_settings(file)
@@ -52,6 +53,11 @@ def claim(paths: RunPaths, config: RewardConfig, facts: Mapping[str, Any]) -> st
     partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     partial.replace(file)
     return identity
+
+
+def that_decide(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that decide the weights."""
+    return {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
 
 
 def refuse_folder_of_a_job(paths: RunPaths) -> None:

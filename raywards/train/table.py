@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import socket
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
     }
 )
+
+
+def count_sources(folder: Path) -> dict[str, int]:
+    """Pairs of each source of a prepared folder."""
+    counts: collections.Counter[str] = collections.Counter()
+    for shard in sorted(folder.glob("pairs-*.arrow")):
+        column = datasets.Dataset.from_file(str(shard)).data.column("source")
+        counts.update(
+            {pair["values"].as_py(): pair["counts"].as_py() for pair in column.value_counts()}
+        )
+    return dict(counts)
 
 
 class PairTable:

@@ -62,6 +62,8 @@ class Job:
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
+    may_stop: bool
+    """Whether a callback may ask the run to stop; the ranks then agree on it after each step."""
 
 
 @dataclass
@@ -361,6 +363,8 @@ def save(worker: Worker) -> None:
         }
         write_manifest(folder, content, files)
     session.commit(folder, name, {"step": state.step})
+    if session.rank == 0:
+        session.send("save", {"step": state.step, "checkpoint": name})
 
 
 def resume(worker: Worker) -> State:
