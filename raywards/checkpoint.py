@@ -62,6 +62,16 @@ def write_manifest(folder: Path, content: Mapping[str, Any], files: Mapping[str,
     os.replace(partial, folder / MANIFEST)
 
 
+def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Add files to an export, or replace them; at no moment does its manifest list a wrong size."""
+    manifest = read_manifest(folder, kind="export")
+    others = {name: size for name, size in manifest.pop("files").items() if name not in files}
+    write_manifest(folder, manifest, others)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    write_manifest(folder, manifest, others | {name: len(files[name]) for name in files})
+
+
 def list_files(folder: Path) -> dict[str, int]:
     """Every file below `folder` but a manifest, as relative name to size in bytes."""
     return {

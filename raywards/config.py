@@ -40,6 +40,9 @@ Objective = Literal["bradley_terry", "plackett_luce", "all_pairs", "regression"]
 
 _COLUMNS_OF_TEXTS = ("text", "prompt", "response", "tools", "chat_template_kwargs")
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""What `report_to` may name."""
+
 # Torch reads it at a process's first tensor and then asks Linux for pages of 2 MiB for large ones.
 # With the usual 4 KiB, a forward on a CPU spends up to a fifth of its time on page faults.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -199,6 +202,20 @@ class RewardConfig:
     continues without being asked."""
     disable_tqdm: bool = False
     """No progress bar."""
+    # HfArgumentParser takes the first type, if the second is None.
+    report_to: str | None | list[str] = "none"  # noqa: RUF036
+    """Trackers to report to: `wandb`, `mlflow`, `trackio`, a list of them, or `all` that are
+    installed. `metrics.jsonl` and TensorBoard files are always written."""
+    project: str = "huggingface"
+    """Project in Trackio. W&B and MLflow read `WANDB_PROJECT` and `MLFLOW_EXPERIMENT_NAME`."""
+    trackio_space_id: str | None = None
+    """Space on the hub to which Trackio sends what it logs. Default: none, it stays on this
+    machine."""
+    trackio_bucket_id: str | None = None
+    """Bucket on the hub for Trackio's Space."""
+    trackio_static_space_id: str | None | Literal[False] = None  # noqa: RUF036
+    """Static Space that Trackio makes of a run, at its end if `trackio_space_id` is set, else when
+    the export is uploaded. Default: one named after `project`; false: none."""
     push_to_hub: bool = False
     """Upload the export when training ends."""
     hub_model_id: str | None = None
@@ -207,6 +224,8 @@ class RewardConfig:
     """Token for the upload."""
     hub_private_repo: bool | None = None
     """Make the repository private."""
+    hub_revision: str | None = None
+    """Branch to upload to; made if there is none of its name. Default: the main branch."""
 
     # ---- where it runs (raywards)
     # HfArgumentParser hands it over as an int; other flags and YAML, also as text or a list.
@@ -308,6 +327,22 @@ class RewardConfig:
             raise ValueError(f"no weight but 0: every reward would be 0; {expected}")
         # One order, so that a resumed run has the rows of its head in the same places.
         return {name: float(value[name]) for name in sorted(value)}
+
+    @field_validator("report_to")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value or []:
+            if name not in (*TRACKERS, "all", "none"):
+                raise ValueError(
+                    f"expected {', '.join(TRACKERS)}, all or none, got {name!r}; another tracker "
+                    "can be handed over as a callback"
+                )
+        return value
+
+    @field_validator("trackio_static_space_id", mode="before")
+    @classmethod
+    def _false_is_no_name(cls, value: Any) -> Any:
+        return False if isinstance(value, str) and value.lower() == "false" else value
 
     @field_validator("max_steps")
     @classmethod

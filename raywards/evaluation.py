@@ -197,6 +197,7 @@ def figures(table: dict[str, Floats], sources: Sequence[str]) -> dict[str, float
         "min_reward": rewards.min(),
         "mean_reward": rewards.mean(),
         "max_reward": rewards.max(),
+        "sd_reward": rewards.std(),
         "num_pairs": len(difference),
         "num_tokens": table["chosen_tokens"].sum() + table["rejected_tokens"].sum(),
     }

@@ -65,7 +65,6 @@ REFUSED: dict[str, Refused] = {
     "fsdp_config": Refused(_ONE_BACKEND, (None,)),
     "full_determinism": Refused(_NOT_YET, (False,)),
     "hub_always_push": Refused("`push_to_hub` uploads the export once, at the end.", (False,)),
-    "hub_revision": Refused("`push_to_hub` uploads to the main branch.", (None,)),
     "hub_strategy": Refused(
         "`push_to_hub` uploads the export once, at the end.", ("end", "every_save")
     ),
@@ -96,13 +95,10 @@ REFUSED: dict[str, Refused] = {
     "pad_token": Refused("Pooling goes by position, so padding never changes a reward.", (None,)),
     "parallelism_config": Refused(_ONE_BACKEND, (None,)),
     "prediction_loss_only": Refused("Evaluation keeps sums, not predictions.", (False,)),
-    "project": Refused("raywards writes TensorBoard files and `metrics.jsonl`.", ("huggingface",)),
     "remove_unused_columns": Refused("Only the columns of a preference row are read.", (True,)),
-    "report_to": Refused(
-        "raywards writes TensorBoard files and `metrics.jsonl`; other trackers are not built yet.",
-        (None, "none", "tensorboard", [], ["none"], ["tensorboard"]),
+    "restore_callback_states_from_checkpoint": Refused(
+        "Callbacks live in the driver, and checkpoints do not hold their state.", (False,)
     ),
-    "restore_callback_states_from_checkpoint": Refused("There are no callbacks yet.", (False,)),
     "save_on_each_node": Refused("Checkpoints go to `storage_path`, once.", (False,)),
     "save_only_model": Refused(
         "A checkpoint must be resumable; the export has weights only.", (False,)
@@ -113,9 +109,6 @@ REFUSED: dict[str, Refused] = {
     "torch_compile_backend": Refused(_NOT_YET, (None,)),
     "torch_compile_mode": Refused(_NOT_YET, (None,)),
     "torch_empty_cache_steps": Refused(_NOT_YET, (None,)),
-    "trackio_bucket_id": Refused("Trackio is not built yet.", (None,)),
-    "trackio_space_id": Refused("Trackio is not built yet.", (None, "trackio")),
-    "trackio_static_space_id": Refused("Trackio is not built yet.", (None,)),
     "use_cache": Refused("Training keeps no key-value cache.", (False,)),
     "use_liger_kernel": Refused(_NOT_YET, (False,)),
 }

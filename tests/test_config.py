@@ -196,7 +196,8 @@ def test_several_mistakes_are_told_together_and_many_are_counted() -> None:
         (["--dtype", "bf16"], "dtype:"),
         (["--fp16"], "fp16: raywards does not support"),
         (["--fp16", "True"], "Use `bf16=True`"),
-        (["--report_to", "wandb"], "report_to: raywards does not support"),
+        (["--report_to", "wandbb"], "report_to: expected tensorboard, wandb, mlflow, trackio"),
+        (["--report_to", '["wandb", "comet_ml"]'], "got 'comet_ml'"),
     ],
 )
 def test_a_wrong_flag_is_one_screen_that_names_it(argv: list[str], told: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def test_the_figures_are_those_worked_out_by_hand() -> None:
         "min_reward": -2.0,
         "mean_reward": pytest.approx((sum(CHOSEN) + sum(REJECTED)) / 10),
         "max_reward": 4.0,
+        "sd_reward": pytest.approx(statistics.pstdev([*CHOSEN, *REJECTED])),
         "num_pairs": 5.0,
         "num_tokens": 60.0,
         # The model prefers the longer side in three of four pairs; the judges in 1, 0.25, 0.5, 1.

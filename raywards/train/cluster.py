@@ -22,7 +22,7 @@ from raywards.config import HUGE_PAGES, RewardConfig, worker_range
 from raywards.errors import ConfigError, RaywardsError, TrainingError
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
-from raywards.train.session import RaySession
+from raywards.train.session import RaySession, Word
 from raywards.train.worker import Job
 
 logger = logging.getLogger(__name__)
@@ -74,8 +74,8 @@ def ray_for_tasks(config: RewardConfig) -> Iterator[Callable[[], Any] | None]:
 def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -> None:
     """Train `job` on a Ray Train worker group; `explicit` is a checkpoint to start from.
 
-    Raises the worker's own error where starting again cannot mend it, `TrainingError` where the
-    restarts are used up.
+    Raises the worker's own error where starting again cannot mend it, what a callback raised, and
+    `TrainingError` where the restarts are used up.
     """
     config, paths = job.config, job.paths
     fewest, most = worker_range(config)
@@ -179,7 +179,7 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._messages: list[tuple[str, dict[str, Any]]] = []
-        self._failed = False
+        self._failed = self._stop = False
 
     def put(self, kind: str, record: dict[str, Any]) -> None:
         self._failed = self._failed or kind == "error"
@@ -190,16 +190,25 @@ class _Mailbox:
         return messages
 
     def failed(self) -> bool:
-        """Whether a worker has met an error that starting again cannot mend."""
+        """Whether a worker or the driver has met an error that starting again cannot mend."""
         return self._failed
+
+    def stop(self, *, failed: bool) -> None:
+        """The driver's wish: the run ends here, or with an error of the driver's own."""
+        self._stop, self._failed = True, self._failed or failed
+
+    def word(self) -> int:
+        """What rank 0 asks for after each step."""
+        return Word.GIVE_UP if self._failed else Word.STOP if self._stop else Word.GO
 
 
 class _Reader:
     """A thread that moves messages from the mailbox into the log while `fit()` blocks."""
 
     def __init__(self, ray: Any, mailbox: Any, log: RunLog) -> None:
-        self.error: RaywardsError | None = None
+        self.error: Exception | None = None
         self._ray, self._mailbox, self._log = ray, mailbox, log
+        self._told_to_stop = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name="raywards-log", daemon=True)
         self._thread.start()
@@ -226,9 +235,22 @@ class _Reader:
                 self.error = self.error or record["error"]
                 continue
             try:
-                self._log.take(kind, record)
+                self._log.keep(kind, record)
             except OSError as error:  # a full disk must not end the thread, nor the run
                 logger.warning("a %s record could not be kept: %s", kind, error)
+            self._tell_callbacks(kind, record)
+
+    def _tell_callbacks(self, kind: str, record: dict[str, Any]) -> None:
+        """A callback that raises ends the run, as it does where there are no workers."""
+        if self.error is not None:
+            return
+        try:
+            self._log.tell(kind, record)
+        except Exception as error:
+            self.error = error
+        if not self._told_to_stop and (self.error is not None or self._log.callbacks.stopping):
+            self._told_to_stop = True
+            self._mailbox.stop.remote(failed=self.error is not None)
 
 
 def _run_worker(config: dict[str, Any]) -> None:
@@ -247,9 +269,16 @@ def _run_worker(config: dict[str, Any]) -> None:
         if kind == "finish":
             ray.get(sent)  # the run counts on this one: wait until it is there
 
+    def ask() -> Word:
+        try:
+            return Word(ray.get(mailbox.word.remote()))
+        except ray.exceptions.RayError:
+            return Word.GO  # without the mailbox the log is lost, and nobody can ask
+
     try:
         session = RaySession(
             send,
+            ask=ask,
             run=job.paths.run,
             explicit=config["explicit"],
             keep=job.config.save_total_limit,

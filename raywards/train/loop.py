@@ -47,7 +47,7 @@ def run(worker: Worker) -> None:
     clock = Clock()
     if session.rank == 0:
         start = {"step": state.step, "total": worker.total_steps, "history": worker.history}
-        session.send("start", start)
+        session.send("start", {**start, "steps_per_epoch": worker.plan.steps_per_epoch})
     if config.eval_on_start and state.step == 0:
         evaluate(worker)
 
@@ -63,6 +63,8 @@ def run(worker: Worker) -> None:
         due = is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker)
         if due:
             log(worker, learning_rate, clock)
+        if ends_epoch(worker) and session.rank == 0:
+            session.send("epoch", {"step": state.step})
         # Before the checkpoint, which thus knows what the evaluation of its step has found.
         is_best = is_evaluation_due(worker) and goal.take(state, evaluate(worker))
         if goal.is_given_up(state) and not due:
@@ -72,10 +74,22 @@ def run(worker: Worker) -> None:
         if session.rank == 0 and clock.ticks():
             session.send("tick", {"step": state.step})
         session.check()
+        if worker.job.may_stop and session.should_stop():
+            stop(worker)
+            break
 
     session.settle()
     tell_of_stop(worker, goal)
     export(worker, load_best(worker))
+
+
+def stop(worker: Worker) -> None:
+    """End a run that a callback asked to stop, after this step. A collective."""
+    if worker.saved_step != worker.state.step:
+        save(worker)
+    if worker.session.rank == 0:
+        text = f"Stopped after step {worker.state.step}, as a callback asked."
+        worker.session.send("note", {"text": text})
 
 
 # ---------------------------------------------------------------- one step

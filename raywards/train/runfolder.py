@@ -31,7 +31,8 @@ _MAY_CHANGE = {
     "hub_private_repo", "num_workers", "elastic_resize_monitor_interval_s", "max_failures",
     "ddp_timeout", "dataset_num_proc", "resources_per_worker", "use_gpu", "use_cpu",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_tokens_per_row",
-    "early_stopping_patience", "early_stopping_threshold",
+    "early_stopping_patience", "early_stopping_threshold", "report_to", "project",
+    "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_revision",
 }  # fmt: skip
 
 # Settings that the first start decides where they are not set: later ones keep its value.
@@ -137,6 +138,11 @@ def claim(paths: RunPaths, config: RewardConfig, settings: Mapping[str, Any]) ->
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     partial.replace(file)
+
+
+def that_decide(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that decide the weights."""
+    return {name: value for name, value in settings.items() if name not in _MAY_CHANGE}
 
 
 def refuse_folder_of_a_job(paths: RunPaths) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,18 @@ from raywards.config import (
 )
 from raywards.errors import CheckpointError, ConfigError, TrainingError
 from raywards.heads import restore_heads, widen_head
-from raywards.loader import create_model_from_path, describe_files, load_tokenizer
+from raywards.loader import (
+    check_reward_model,
+    create_model_from_path,
+    describe_files,
+    load_tokenizer,
+)
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.train.best import Goal
+from raywards.train.callbacks import Callbacks
 from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
+from raywards.train.finished import FinishedRun
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare, weigh
 from raywards.train.runfolder import (
@@ -57,7 +64,6 @@ logger = logging.getLogger(__name__)
 _NOT_SUPPORTED = {
     "data_collator": "raywards batches pairs itself",
     "compute_metrics": "accuracy, loss, margin and rewards are computed on the workers",
-    "callbacks": "read `trainer.state.log_history` or `metrics.jsonl`",
     "optimizers": "AdamW and its schedule are set by the fields of RewardConfig",
     "optimizer_cls_and_kwargs": "AdamW is set by the fields of RewardConfig",
     "preprocess_logits_for_metrics": "metrics are sums over pairs, not over gathered predictions",
@@ -66,7 +72,7 @@ _NOT_SUPPORTED = {
 }
 
 
-class RewardTrainer:
+class RewardTrainer(FinishedRun):
     """Train a reward model on preference pairs.
 
         trainer = RewardTrainer(
@@ -84,6 +90,7 @@ class RewardTrainer:
             list of these, or a mapping of names to them.
         eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
         processing_class: Tokenizer, if not the model's own.
+        callbacks: transformers' `TrainerCallback`s; docs/tracking.md says what they may do.
 
     The other arguments are TRL's; they are refused by name.
     """
@@ -107,7 +114,6 @@ class RewardTrainer:
         given = {
             "data_collator": data_collator,
             "compute_metrics": compute_metrics,
-            "callbacks": callbacks or None,
             "optimizers": None if tuple(optimizers) == (None, None) else optimizers,
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
@@ -155,6 +161,18 @@ class RewardTrainer:
                 f"model: has num_labels={model.config.num_labels}; reward models require "
                 "`num_labels=1`. Load it with create_model_from_path(..., num_labels=1)."
             )
+        self._trained = False
+        self.callback_handler = Callbacks(
+            callbacks,
+            self.args,
+            name=self.paths.name,
+            state=self.state,
+            read_config=self._read_config,
+            processing_class=self.processing_class,
+        )
+        self.add_callback = self.callback_handler.add_callback
+        self.pop_callback = self.callback_handler.pop_callback
+        self.remove_callback = self.callback_handler.remove_callback
 
     # ------------------------------------------------------------ public
 
@@ -173,6 +191,9 @@ class RewardTrainer:
             RowError, ConfigError, ModelError: Before any worker starts.
             CheckpointError: The run folder holds another run.
             TrainingError: The run failed for good.
+            HubError: The export was not uploaded (`push_to_hub`). It is whole in the run folder.
+
+        What a callback raises is passed on, and ends the run.
         """
         explicit = self._resume_point(resume_from_checkpoint)
         started = time.monotonic()
@@ -194,6 +215,8 @@ class RewardTrainer:
                 "RewardTrainer was given none."
             )
         Goal.of(self.args)
+        if self.args.push_to_hub:
+            self._open_repo()
         with hold(self.paths):
             return self._train(settings, explicit, started)
 
@@ -203,7 +226,10 @@ class RewardTrainer:
         job = self._prepare_job(settings)
         freeze(self.args)
         use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
-        log = RunLog(self.paths.metrics, show_progress=not self.args.disable_tqdm)
+        self.callback_handler.new_run()
+        log = RunLog(
+            self.paths.metrics, self.callback_handler, show_progress=not self.args.disable_tqdm
+        )
         try:
             log.take("note", {"text": self._plan_in_words(job, use_gpu)})
             if self.args.num_workers == 0:
@@ -214,9 +240,12 @@ class RewardTrainer:
             log.close()
         if log.finished is None:
             raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
-        self.state.log_history = log.history
-        self.state.global_step = log.finished["step"]
         self._note_best(log.finished)
+        self._trained = True
+        try:
+            self.create_model_card()
+        except OSError as error:  # a full disk: the export is whole without a card
+            logger.warning("no model card (%s); create_model_card() writes it later", error)
         if self.args.push_to_hub:
             self.push_to_hub()
         return self._output(log, time.monotonic() - started)
@@ -234,7 +263,7 @@ class RewardTrainer:
         prepared = self._prepare_evals(source, metric_key_prefix)
         model = self.model
         if attributes := attribute_weights(self.args):
-            if self.state.global_step > 0:
+            if self._trained:
                 restore_heads(model, self.paths.export, attributes)
             else:
                 widen_head(model, attributes, self.args.seed)
@@ -245,6 +274,7 @@ class RewardTrainer:
             values = evaluate_alone(model, held_out.folder, self.args)
             metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         self.state.log_history.append({"step": self.state.global_step, **metrics})
+        self.callback_handler.report(metrics, metric_key_prefix)
         return metrics
 
     @property
@@ -252,7 +282,7 @@ class RewardTrainer:
         """The transformers model: the export once there is one, else what training starts from."""
         if not isinstance(self._model, str) and self.args.num_workers == 0:
             return self._model
-        if self.state.global_step > 0:
+        if self._trained:
             return create_model_from_path(
                 str(self.paths.export),
                 transformers.AutoModelForSequenceClassification,
@@ -268,33 +298,6 @@ class RewardTrainer:
             device_map=None,
             **self._model_kwargs,
         )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Copy the export into `output_dir`; default: the run folder itself, as TRL does."""
-        manifest = self._finished_export()
-        target = Path(output_dir or self.paths.run).expanduser().absolute()
-        target.mkdir(parents=True, exist_ok=True)
-        for name in (*manifest["files"], "raywards.json"):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(self.paths.export / name, target / name)
-
-    def push_to_hub(self, commit_message: str = "End of training", **kwargs: Any) -> str:
-        """Upload the export to `hub_model_id`; returns the address of the commit."""
-        from huggingface_hub import HfApi
-
-        self._finished_export()
-        # `dataset_name` and the like go into TRL's model card; ours is not written yet.
-        kwargs.pop("dataset_name", None)
-        if kwargs:
-            raise ConfigError(f"push_to_hub: does not take {', '.join(sorted(kwargs))}.")
-        api = HfApi(token=self.args.hub_token)
-        repo = api.create_repo(
-            self.hub_model_id, private=self.args.hub_private_repo, exist_ok=True
-        ).repo_id
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=str(self.paths.export), commit_message=commit_message
-        )
-        return str(commit)
 
     def end(self) -> None:
         """Nothing is left to end: TRL's scripts call it."""
@@ -341,6 +344,11 @@ class RewardTrainer:
             "deepspeed": read_zero(self.args.deepspeed or stage),
         }
         return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
+
+    def _read_config(self) -> Any:
+        if isinstance(self._model, str):
+            return check_reward_model(self._model, self._model_kwargs)
+        return self._model.config
 
     def _encode_settings(self) -> EncodeSettings:
         return EncodeSettings(
@@ -411,16 +419,20 @@ class RewardTrainer:
                 "base_model": self.model_id,
                 "revision": self._model_kwargs.get("revision"),
                 "raywards": raywards.__version__,
+                "torch": torch.__version__,
                 "transformers": transformers.__version__,
+                "deepspeed": version("deepspeed"),
                 "pairs": pairs.fingerprint,
                 "num_rows": pairs.num_rows,
                 "num_pairs": pairs.num_pairs,
+                "sources": dict(pairs.sources),
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
                 "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
             },
             last_ids=pairs.last_ids,
             mixture=mixture,
+            may_stop=self.callback_handler.may_stop,
         )
 
     def _refuse_empty_epoch(self, plan: TrainPlan) -> None:
@@ -464,6 +476,7 @@ class RewardTrainer:
         session = LocalSession(
             log.take,
             self.paths.run,
+            should_stop=lambda: self.callback_handler.stopping,
             explicit=explicit,
             keep=self.args.save_total_limit,
             use_gpu=use_gpu,
@@ -472,13 +485,6 @@ class RewardTrainer:
         train(job, session)
 
     # ------------------------------------------------------------ after the workers
-
-    def _finished_export(self) -> dict[str, Any]:
-        if not self.paths.export.is_dir():
-            raise CheckpointError(
-                f"{self.paths.export}: there is no export yet; call train() first."
-            )
-        return read_manifest(self.paths.export, kind="export")
 
     def _note_best(self, finished: dict[str, Any]) -> None:
         """transformers' fields of the state that say which checkpoint is the best."""

@@ -72,6 +72,8 @@ class Job:
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
+    may_stop: bool = False
+    """Whether a callback may ask the run to stop; the ranks then agree on it after each step."""
     mixture: tuple[tuple[int, float], ...] = ()
     """Pairs and weight of each source, where some weigh other than 1."""
 
@@ -388,6 +390,8 @@ def save(worker: Worker) -> None:
         raise
     session.commit(folder, name, best_step=state.best_step)
     worker.saved_step = state.step
+    if session.rank == 0:
+        session.send("save", {"step": state.step, "checkpoint": name})
 
 
 def _write_part(worker: Worker, folder: Path) -> None:
