@@ -28,6 +28,7 @@ from raywards.settle import settle_path
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
 from raywards.train.table import PairTable
+from raywards.train.tuning import offloading
 from raywards.train.worker import Job, Worker, build_worker, export, resume, save
 
 _TICK_S = 0.5
@@ -41,6 +42,8 @@ def train(job: Job, session: Session) -> None:
         run(worker)
     finally:
         worker.engine.module.unwrap()  # it may be the caller's own model
+        if worker.adapters is not None:
+            worker.adapters.close()
 
 
 def run(worker: Worker) -> None:
@@ -88,7 +91,8 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
     for row in plan[session.rank]:
-        judged = judge(worker.engine, worker.pairs, row, config, session.device)
+        with offloading(config, session.device):
+            judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
             worker.metrics.add(*judged.values, judged.num_tokens)
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.

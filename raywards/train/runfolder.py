@@ -19,7 +19,7 @@ _MAY_CHANGE = {
     "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
     "hub_private_repo", "max_failures", "ddp_timeout", "dataset_num_proc", "resources_per_worker",
     "use_gpu", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs",
-    "max_tokens_per_row",
+    "max_tokens_per_row", "activation_offloading",
 }  # fmt: skip
 
 

@@ -33,9 +33,17 @@ from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
+from raywards.train.adapters import Adapters, attach, is_adapted, load_adapter
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.session import Session
 from raywards.train.table import PairTable
+from raywards.train.tuning import (
+    apply_liger,
+    freeze,
+    load_untrained,
+    prepare_quantised,
+    with_trained,
+)
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
@@ -62,6 +70,13 @@ class Job:
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
+    peft: Any = None
+    """A `peft.LoraConfig`: adapters to put into the model."""
+    adapter: Path | None = None
+    """A peft folder: the adapter that the model came with."""
+    untrained: str | None = None
+    """Folder or hub id of the model without adapters, where some of its weights are not trained:
+    these are not in checkpoints, and the export takes them from there."""
 
 
 @dataclass
@@ -87,6 +102,7 @@ class Worker:
     total_steps: int
     export_dtype: torch.dtype
     clipper: Clipper | None = None
+    adapters: Adapters | None = None
     state: State = field(default_factory=State)
 
     def grad_norm(self) -> float | None:
@@ -138,9 +154,13 @@ def build_worker(job: Job, session: Session) -> Worker:
     fill_model_sizes(settings, hidden_size(job))
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
-    inner = load_model(job)
+    inner, adapters = load_model(job, stage_of(settings))
+    if adapters is not None:
+        _note(session, adapters.in_words())
     refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
+    if config.use_liger_kernel:
+        apply_liger(inner, session.device)
     model = RewardModel(inner)
 
     pairs = PairTable(job.train)
@@ -184,6 +204,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         total_steps,
         asked_dtype(job, inner),
         clipper,
+        adapters,
     )
 
 
@@ -193,17 +214,34 @@ def _note(session: Session, text: str) -> None:
     logger.info("%s", text)
 
 
-def load_model(job: Job) -> Any:
-    """The transformers classifier: whole on every rank, or partitioned under ZeRO-3."""
-    if not isinstance(job.model, str):
-        return job.model
-    return create_model_from_path(
-        job.model,
-        AutoModelForSequenceClassification,
-        num_labels=1,
-        device_map=None,
-        **job.model_kwargs,
-    )
+def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
+    """The transformers classifier, whole on every rank or partitioned under ZeRO-3, and the
+    adapters in it."""
+    model = job.model
+    if isinstance(model, str):
+        model = create_model_from_path(
+            model,
+            AutoModelForSequenceClassification,
+            num_labels=1,
+            device_map=None,
+            **job.model_kwargs,
+        )
+    if "quantization_config" in job.model_kwargs:
+        prepare_quantised(model)
+    if job.config.freeze:
+        freeze(model, job.config.freeze)
+    if job.adapter is not None:
+        model = load_adapter(model, job.adapter, cast_adapters=stage < 3)
+    elif job.peft is not None:
+        model = attach(model, job.peft, seed=job.config.seed, cast_adapters=stage < 3)
+    if not is_adapted(model):
+        return model, None
+    adapters = Adapters(model)
+    if stage == 0:  # there the weights are their own masters
+        for parameter in adapters.inner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapters.inner, adapters
 
 
 def hidden_size(job: Job) -> int:
@@ -234,7 +272,8 @@ def asked_dtype(job: Job, inner: Any) -> torch.dtype:
 
 def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
     """Weights of 8 or 11 significant bits do not move under small updates."""
-    if inner.dtype != torch.float32 and bf16 and stage == 0:
+    trained = {p.dtype for p in inner.parameters() if p.requires_grad}
+    if trained != {torch.float32} and bf16 and stage == 0:
         raise ConfigError(
             f"ZeRO stage 0 trains the weights as they are loaded, in "
             f"{str(inner.dtype).removeprefix('torch.')}: there would be no fp32 masters. Load them "
@@ -281,7 +320,7 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
         ),
         most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
         longest=2 * per_forward * max(pairs.lengths) if padded else max(pairs.tokens),
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.activation_offloading or config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
     )
     engine.train()
@@ -289,13 +328,19 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
     fit = replace(fit, keeps_activations=bool(agreed[0]), max_tokens=int(agreed[1]))
     if not fit.keeps_activations:
-        model.inner.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
-            or {"use_reentrant": False}
+        checkpointing: dict[str, Any] = dict(
+            config.gradient_checkpointing_kwargs or {"use_reentrant": False}  # type: ignore[arg-type]
         )
+        model.inner.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+        if checkpointing.get("use_reentrant") and not _embeddings_trained(model.inner):
+            model.inner.enable_input_require_grads()  # else no gradient leaves a reentrant layer
     path = "padded" if padded else model.path
     _note(session, f"The model takes {path} rows. {fit.in_words()}")
     return Rows(padded, fit.max_tokens, model.window)
+
+
+def _embeddings_trained(inner: Any) -> bool:
+    return all(p.requires_grad for p in inner.get_input_embeddings().parameters())
 
 
 def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:
@@ -346,7 +391,12 @@ def save(worker: Worker) -> None:
     client_state = {
         "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
     }
-    worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
+    worker.engine.save_checkpoint(
+        str(folder),
+        tag=_TAG,
+        client_state=client_state,
+        exclude_frozen_parameters=worker.job.untrained is not None,
+    )
     torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
 
     parts: list[Any] = [None] * session.world_size
@@ -370,7 +420,9 @@ def resume(worker: Worker) -> State:
             return worker.state
         manifest = read_manifest(folder, kind="checkpoint")
         check_fits(folder, manifest, worker)
-        path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
+        path, client_state = worker.engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=worker.job.untrained is None
+        )
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
         saved = dict(client_state["raywards"])
@@ -401,10 +453,13 @@ def export(worker: Worker) -> None:
     """Write the Hugging Face folder to score with, from full-precision weights. A collective."""
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
-    weights = dict(full_weights(inner, keep=rank == 0))
+    partly = job.untrained is not None
+    weights = dict(full_weights(inner, keep=rank == 0, trained_only=partly))
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
+        if partly:
+            inner, weights = complete(worker, weights)
         about = {**job.about, **dataclasses.asdict(worker.state)}
         manifest = export_model(
             inner,
@@ -426,10 +481,27 @@ def export(worker: Worker) -> None:
     torch.distributed.barrier()
 
 
-def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The whole model and its state dict, where some weights alone were trained. On rank 0."""
+    job = worker.job
+    assert job.untrained is not None
+    base = load_untrained(job.untrained, job.model_kwargs)
+    if worker.adapters is None:
+        return base, with_trained(base, trained)
+    merged = worker.adapters.merge(
+        base.float(), trained, job.paths.adapter, base_name=job.about["base_model"]
+    )
+    return merged, merged.state_dict()
+
+
+def full_weights(
+    inner: Any, *, keep: bool, trained_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The state dict with master weights, one tensor at a time. A collective; `keep` on rank 0."""
     by_name = dict(inner.named_parameters(remove_duplicate=False))
     for name, value in inner.state_dict(keep_vars=True).items():
+        if trained_only and not value.requires_grad:
+            continue
         full = value.detach()
         if name in by_name:
             master = safe_get_full_fp32_param(by_name[name]) if value.requires_grad else None
