@@ -130,15 +130,14 @@ def check_quantised(name: str, *, adapted: bool) -> None:
 
 def prepare_quantised(inner: Any) -> None:
     """Make a quantised base fit for training. Raises `ConfigError` for a quantised head."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    for module in inner.modules():
+    heads = head_names(inner)
+    for name, module in inner.named_modules():
         if isinstance(module, Linear4bit):
             # On some CPUs it packs its weights anew in eval mode, and then passes no gradient.
             module.support_avx512bf16_for_cpu = False
-    heads = head_names(inner)
-    for name, parameter in inner.named_parameters():
-        if set(name.split(".")) & set(heads) and not parameter.is_floating_point():
+        if isinstance(module, (Linear4bit, Linear8bitLt)) and set(name.split(".")) & set(heads):
             raise ConfigError(
                 f"quantization_config: {name} was quantised, and the head is trained in full. Name "
                 f"{', '.join(heads)} in llm_int8_skip_modules."
