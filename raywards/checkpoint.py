@@ -185,7 +185,7 @@ def export_model(
             (partial / name).write_text(text, encoding="utf-8")
         manifest = _describe_export(partial, sequences, rendering, dtype, training)
         write_manifest(partial, manifest, list_files(partial))
-        _replace_folder(partial, folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for name, value in before.items():
@@ -372,7 +372,7 @@ def _plain_rewards(model: RewardModel, sequences: Sequence[list[int]]) -> list[f
     return values
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
+def replace_folder(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`; on Linux no moment passes without one of the two."""
     if not folder.exists():
         os.replace(new, folder)

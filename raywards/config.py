@@ -128,8 +128,18 @@ class RewardConfig:
     only where the activations of the longest pair would not fit, which is measured."""
     gradient_checkpointing_kwargs: Mapped = None
     """Arguments of `torch.utils.checkpoint`; default `{"use_reentrant": false}`."""
+    activation_offloading: bool = False
+    """Keep what `gradient_checkpointing` keeps, the states between the layers, in CPU memory until
+    the backward pass. Turns `gradient_checkpointing` on. Without effect on a CPU."""
+    use_liger_kernel: bool = False
+    """RMSNorm and SwiGLU by Liger's Triton kernels; needs a GPU and `pip install liger-kernel`."""
+    freeze: list[str] | None = None
+    """Weights that are not trained: patterns (`*`, `[0-7]`) of the names of parameters, or of
+    modules that hold them, such as `model.embed_tokens` or `model.layers.[0-7]`. The head is always
+    trained. Default: none."""
     disable_dropout: bool = True
-    """Set every dropout probability to zero before training."""
+    """Set every dropout probability to zero before training. The dropout of LoRA is its own setting
+    (`lora_dropout`)."""
     objective: Objective = "bradley_terry"
     """What is trained: `bradley_terry` on pairs, `plackett_luce` or `all_pairs` on rankings of two
     or more responses (and on pairs among them), `regression` on texts with a score
@@ -268,6 +278,11 @@ class RewardConfig:
     @classmethod
     def _stage_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _split_patterns(cls, value: Any) -> Any:
+        return _split_commas(value)
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
@@ -420,6 +435,10 @@ class RunPaths:
     @property
     def export(self) -> Path:
         return self.run / "export"
+
+    @property
+    def adapter(self) -> Path:
+        return self.run / "adapter"
 
     @property
     def metrics(self) -> Path:
@@ -575,10 +594,59 @@ class TrainJob(_Frozen):
     attn_implementation: str | None = None
     """Attention of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
 
-    @field_validator("dataset_name", "eval_dataset_name", mode="before")
+    # ---- adapters (docs/fine_tuning.md)
+    use_peft: bool = False
+    """Train LoRA adapters and the head instead of all weights."""
+    lora_r: Positive = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32
+    """Scale of the adapters: they are multiplied by this, divided by the rank."""
+    lora_dropout: Share = 0.0
+    """Dropout in front of the adapters. Above 0, rows are padded, which is slower. (TRL says 0.05,
+    and its `disable_dropout`, on by default, makes 0 of it.)"""
+    lora_target_modules: list[str] | None = None
+    """Layers that get an adapter, by the ends of their names, with commas between; or `all-linear`.
+    Default: peft's choice for the family."""
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter, where they are no layer: the experts of a mixture."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained in full beside the head."""
+    lora_task_type: Literal["SEQ_CLS"] = "SEQ_CLS"
+    """A reward model is a sequence classifier."""
+    use_rslora: bool = False
+    """Divide `lora_alpha` by the square root of the rank instead (rsLoRA)."""
+    use_dora: bool = False
+    """DoRA: adapters for the direction of a weight, and a trained magnitude."""
+    load_in_4bit: bool = False
+    """Load the base in 4 bits through bitsandbytes (QLoRA). Needs `use_peft`."""
+    load_in_8bit: bool = False
+    """Load the base in 8 bits through bitsandbytes. Needs `use_peft`."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Kind of the 4-bit numbers."""
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of the 4-bit blocks, too."""
+
+    @field_validator(
+        "dataset_name",
+        "eval_dataset_name",
+        "lora_target_modules",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        mode="before",
+    )
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    def _split(cls, value: Any) -> Any:
+        return _split_commas(value)
+
+    @model_validator(mode="after")
+    def _adapters_agree(self) -> TrainJob:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; take one out")
+        return self
+
+
+def _split_commas(value: Any) -> Any:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 # ---------------------------------------------------------------- RewardConfig as a dataclass

@@ -243,10 +243,13 @@ def stock_forward(model: RewardModel) -> Iterator[Any]:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to zero: of `nn.Dropout`, and what a forward reads itself.
 
-    TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them.
+    TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them. The
+    one that TRL should not set is kept: LoRA's, which was asked for by its name (`lora_dropout`).
     """
+    kept = {module for name, module in model.named_modules() if "lora_dropout" in name.split(".")}
     for module, name in _dropouts(model):
-        setattr(module, name, 0.0)
+        if module not in kept:
+            setattr(module, name, 0.0)
 
 
 def _one_or_all(outputs: Tensor) -> Tensor:

@@ -27,9 +27,6 @@ REFUSED: dict[str, Refused] = {
     ),
     "activation_checkpointing": Refused("Use `gradient_checkpointing`.", (None,)),
     "activation_checkpointing_kwargs": Refused("Use `gradient_checkpointing_kwargs`.", (None,)),
-    "activation_offloading": Refused(
-        "Use `gradient_checkpointing`, or ZeRO offload in the `deepspeed` dict.", (False,)
-    ),
     "auto_find_batch_size": Refused("Set `per_device_train_batch_size`.", (False,)),
     "average_tokens_across_devices": Refused(
         "The loss is the mean over the pairs of the global batch at any world size.", (True,)
@@ -76,7 +73,7 @@ REFUSED: dict[str, Refused] = {
         "Use `label_smoothing`: a factor spreads over both classes, so 0.2 is 0.1 there.", (0, 0.0)
     ),
     "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
-    "liger_kernel_config": Refused(_NOT_YET, (None,)),
+    "liger_kernel_config": Refused("Liger's RMSNorm and SwiGLU are used; leave it out.", (None,)),
     "local_rank": Refused("Ray Train places the workers; set `num_workers`.", (-1,)),
     "log_level": Refused(_LOGS, ("passive",)),
     "log_level_replica": Refused(_LOGS, ("warning",)),
@@ -110,5 +107,4 @@ REFUSED: dict[str, Refused] = {
     "torch_compile_mode": Refused(_NOT_YET, (None,)),
     "torch_empty_cache_steps": Refused(_NOT_YET, (None,)),
     "use_cache": Refused("Training keeps no key-value cache.", (False,)),
-    "use_liger_kernel": Refused(_NOT_YET, (False,)),
 }

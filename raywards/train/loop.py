@@ -26,6 +26,7 @@ from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
 from raywards.train.stops import remember, update
 from raywards.train.table import PairTable
+from raywards.train.tuning import offloading
 from raywards.train.worker import Job, Worker, export, open_worker, resume, save
 
 _TICK_S = 0.5
@@ -104,7 +105,8 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
     for row in plan[session.rank]:
-        judged = judge(worker.engine, worker.pairs, row, config, session.device)
+        with offloading(config, session.device):
+            judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
             worker.metrics.add(*judged.counted)
             worker.losses.append((row, judged.losses.detach()))

@@ -33,6 +33,7 @@ _MAY_CHANGE = {
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "max_tokens_per_row",
     "early_stopping_patience", "early_stopping_threshold", "report_to", "project",
     "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "hub_revision",
+    "activation_offloading",
 }  # fmt: skip
 
 # Settings that the first start decides where they are not set: later ones keep its value.

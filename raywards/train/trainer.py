@@ -40,6 +40,15 @@ from raywards.loader import (
 )
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
+from raywards.train.adapters import (
+    adopt,
+    as_facts,
+    attach,
+    check_peft_config,
+    classifier_in,
+    is_adapted,
+    save_base,
+)
 from raywards.train.best import Goal
 from raywards.train.callbacks import Callbacks
 from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
@@ -56,8 +65,9 @@ from raywards.train.runfolder import (
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.storage import checkpoint_of
+from raywards.train.tuning import check_cheaper, check_quantised
 from raywards.train.worker import Job, may_be_half
-from raywards.train.zero import default_stage, read_zero, zero_config
+from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +77,6 @@ _NOT_SUPPORTED = {
     "optimizers": "AdamW and its schedule are set by the fields of RewardConfig",
     "optimizer_cls_and_kwargs": "AdamW is set by the fields of RewardConfig",
     "preprocess_logits_for_metrics": "metrics are sums over pairs, not over gathered predictions",
-    "quantization_config": "quantised training is not built yet",
-    "peft_config": "LoRA is not built yet: raywards trains all weights",
 }
 
 
@@ -83,7 +91,8 @@ class RewardTrainer(FinishedRun):
         trainer.train()
 
     Args:
-        model: A hub id, a folder, or a transformers classifier with one label.
+        model: A hub id, a folder, or a transformers classifier with one label; or such a classifier
+            with adapters in it, a `peft.PeftModel`, whose adapters and head are trained.
         args: Settings; default: `RewardConfig()`.
         train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset` or
             `IterableDataset`, a hub id, a JSONL, JSON or Parquet file, a saved dataset folder, a
@@ -91,6 +100,8 @@ class RewardTrainer(FinishedRun):
         eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
         processing_class: Tokenizer, if not the model's own.
         callbacks: transformers' `TrainerCallback`s; docs/tracking.md says what they may do.
+        quantization_config: Load the base quantised (`transformers.BitsAndBytesConfig`).
+        peft_config: Train adapters and the head (`peft.LoraConfig`): see docs/fine_tuning.md.
 
     The other arguments are TRL's; they are refused by name.
     """
@@ -117,8 +128,6 @@ class RewardTrainer(FinishedRun):
             "optimizers": None if tuple(optimizers) == (None, None) else optimizers,
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-            "quantization_config": quantization_config,
-            "peft_config": peft_config,
         }
         for name, value in given.items():
             if value is not None:
@@ -141,8 +150,8 @@ class RewardTrainer(FinishedRun):
         self.hub_model_id = self.args.hub_model_id or self.paths.name
         self.dropped: dict[str, dict[str, int]] = {}
         """Rows left out of each set, by reason."""
+        self._model_kwargs = _model_kwargs(self.args, model, quantization_config)
         self._model = model
-        self._model_kwargs = _model_kwargs(self.args, model)
         self.processing_class = processing_class or load_tokenizer(
             self.model_id,
             revision=self._model_kwargs.get("revision"),
@@ -173,6 +182,18 @@ class RewardTrainer(FinishedRun):
         self.add_callback = self.callback_handler.add_callback
         self.pop_callback = self.callback_handler.pop_callback
         self.remove_callback = self.callback_handler.remove_callback
+        self._peft = None if peft_config is None else check_peft_config(peft_config)
+        """A `peft.LoraConfig` for workers, which load the model themselves."""
+        if is_adapted(model):
+            if self._peft is not None:
+                raise ConfigError(
+                    "peft_config: the model is a PeftModel, with adapters of its own. Leave "
+                    "peft_config out, or merge them first (`merge_and_unload`)."
+                )
+            self._model = adopt(model)
+        elif self._peft is not None and not isinstance(model, str):
+            self._model, self._peft = attach(model, self._peft, seed=self.args.seed), None
+        self._check_tuning(stage=0)
 
     # ------------------------------------------------------------ public
 
@@ -202,13 +223,14 @@ class RewardTrainer(FinishedRun):
         check_objective(self.args)
         settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.
-        zero_config(
+        zero = zero_config(
             self.args,
             settings["deepspeed"],
             num_ranks=self._most_ranks,
             global_batch=settings["global_batch"],
             bf16=self._bf16,
         )
+        self._check_tuning(stage_of(zero))
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
@@ -270,16 +292,21 @@ class RewardTrainer(FinishedRun):
         if self._use_gpu() and torch.cuda.is_available():
             model = model.to("cuda")
         metrics: dict[str, float] = {}
-        for prefix, held_out in prepared.items():
-            values = evaluate_alone(model, held_out.folder, self.args)
-            metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        with classifier_in(model) as inner:
+            for prefix, held_out in prepared.items():
+                values = evaluate_alone(inner, held_out.folder, self.args)
+                metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         self.state.log_history.append({"step": self.state.global_step, **metrics})
         self.callback_handler.report(metrics, metric_key_prefix)
         return metrics
 
     @property
     def model(self) -> Any:
-        """The transformers model: the export once there is one, else what training starts from."""
+        """The transformers model: the export once there is one, else what training starts from.
+
+        With `num_workers=0`, a model that was given as an object is trained in place, and is this
+        one; with adapters, a `PeftModel`.
+        """
         if not isinstance(self._model, str) and self.args.num_workers == 0:
             return self._model
         if self._trained:
@@ -342,8 +369,39 @@ class RewardTrainer(FinishedRun):
             * self._most_ranks,
             # A file is read once, here: workers run elsewhere, and its content is what counts.
             "deepspeed": read_zero(self.args.deepspeed or stage),
+            **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
         }
         return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
+
+    @property
+    def _lora(self) -> Any:
+        """The `peft.LoraConfig` of the adapters that are trained, or None."""
+        if is_adapted(self._model):
+            [config] = self._model.peft_config.values()
+            return config
+        return self._peft
+
+    def _check_tuning(self, stage: int) -> None:
+        lora = self._lora
+        check_cheaper(self.args)
+        if lora is not None and self.args.freeze:
+            raise ConfigError(
+                "freeze: all weights but the adapters' and the head's are frozen anyway. Leave "
+                "freeze or the adapters out."
+            )
+        if lora is not None and self.args.attributes:
+            raise ConfigError(
+                "attributes: several heads beside adapters are not supported: the adapter that is "
+                "kept would have another head than the export. Leave one of the two out."
+            )
+        quantised = "quantization_config" in self._model_kwargs
+        if quantised:
+            check_quantised("quantization_config", adapted=lora is not None)
+        if quantised and stage == 3:
+            raise ConfigError(
+                "deepspeed: ZeRO stage 3 cannot partition a quantised base: its scales are no "
+                "parameters. Set deepspeed to 0, 1 or 2."
+            )
 
     def _read_config(self) -> Any:
         if isinstance(self._model, str):
@@ -400,16 +458,26 @@ class RewardTrainer(FinishedRun):
         self._refuse_empty_epoch(TrainPlan(pairs.num_pairs, batch, seed=0, mixture=mixture))
         settings["pairs"] = pairs.fingerprint
         claim(self.paths, self.args, settings)
-        model = self._model
-        if not isinstance(model, str) and self.args.num_workers != 0:
-            # Workers are other processes: they load the given model from a folder.
+        model, adapter = self._model, None
+        partly = self._lora is not None or bool(self.args.freeze)
+        untrained = model if partly and isinstance(model, str) else None
+        if not isinstance(model, str) and (partly or self.args.num_workers != 0):
             folder = self.paths.run / "initial-model"
-            model.save_pretrained(folder)
-            model = str(folder)
+            save_base(model, folder)
+            untrained = str(folder) if partly else None
+            if self.args.num_workers != 0:
+                # Workers are other processes: they load the given model from a folder.
+                if is_adapted(model):
+                    adapter = self.paths.run / "initial-adapter"
+                    model.save_pretrained(adapter)
+                model = str(folder)
         return Job(
             config=self.args,
             paths=self.paths,
             model=model,
+            peft=self._peft,
+            adapter=adapter,
+            untrained=untrained,
             model_kwargs=self._model_kwargs,
             rendering=self._rendering,
             train=pairs.folder,
@@ -429,6 +497,7 @@ class RewardTrainer(FinishedRun):
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
                 "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
+                **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
             },
             last_ids=pairs.last_ids,
             mixture=mixture,
@@ -548,8 +617,15 @@ def _absolute_if_folder(model: Any) -> Any:
     return model
 
 
-def _model_kwargs(args: RewardConfig, model: Any) -> dict[str, Any]:
+def _model_kwargs(args: RewardConfig, model: Any, quantization_config: Any) -> dict[str, Any]:
     kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ConfigError(
+                "quantization_config: is given to RewardTrainer and in model_init_kwargs; take one "
+                "of them out."
+            )
+        kwargs["quantization_config"] = quantization_config
     if not isinstance(model, str):
         if kwargs:
             raise ConfigError(

@@ -39,12 +39,20 @@ from raywards.objectives import build_objective
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
+from raywards.train.adapters import Adapters, attach, is_adapted, load_adapter
 from raywards.train.reshard import load_resharded, resharded
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
 from raywards.train.runfolder import checkpoint_settings, refuse_other_run
 from raywards.train.session import Session
 from raywards.train.storage import checkpoint_name, writing
 from raywards.train.table import PairTable
+from raywards.train.tuning import (
+    apply_liger,
+    freeze,
+    load_untrained,
+    prepare_quantised,
+    with_trained,
+)
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
@@ -76,6 +84,13 @@ class Job:
     """Whether a callback may ask the run to stop; the ranks then agree on it after each step."""
     mixture: tuple[tuple[int, float], ...] = ()
     """Pairs and weight of each source, where some weigh other than 1."""
+    peft: Any = None
+    """A `peft.LoraConfig`: adapters to put into the model."""
+    adapter: Path | None = None
+    """A peft folder: the adapter that the model came with."""
+    untrained: str | None = None
+    """Folder or hub id of the model without adapters, where some of its weights are not trained:
+    these are not in checkpoints, and the export takes them from there."""
 
 
 @dataclass
@@ -104,6 +119,7 @@ class Worker:
     total_steps: int
     export_dtype: torch.dtype
     clipper: Clipper | None = None
+    adapters: Adapters | None = None
     state: State = field(default_factory=State)
     history: list[dict[str, Any]] = field(default_factory=list)
     """On rank 0: every record of the lineage of the weights."""
@@ -154,6 +170,8 @@ def open_worker(job: Job, session: Session) -> Iterator[Worker]:
             yield worker
         finally:
             worker.engine.module.unwrap()  # it may be the caller's own model
+            if worker.adapters is not None:
+                worker.adapters.close()
     finally:
         unset_hf_deepspeed_config()  # else ZeRO-3 would partition what this process loads next
 
@@ -178,9 +196,13 @@ def build_worker(job: Job, session: Session) -> Worker:
     fill_model_sizes(settings, hidden_size(job))
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
-    inner = load_model(job)
+    inner, adapters = load_model(job, stage_of(settings))
+    if adapters is not None:
+        _note(session, adapters.in_words())
     refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
+    if config.use_liger_kernel:
+        apply_liger(inner, session.device)
     model = RewardModel(inner)
 
     pairs = PairTable(job.train)
@@ -225,6 +247,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         total_steps,
         asked_dtype(job, inner),
         clipper,
+        adapters,
     )
 
 
@@ -234,20 +257,36 @@ def _note(session: Session, text: str) -> None:
     logger.info("%s", text)
 
 
-def load_model(job: Job) -> Any:
-    """The transformers classifier: whole on every rank, or partitioned under ZeRO-3."""
-    if not isinstance(job.model, str):
-        return job.model
-    inner = create_model_from_path(
-        job.model,
-        AutoModelForSequenceClassification,
-        num_labels=1,
-        device_map=None,
-        **job.model_kwargs,
-    )
+def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
+    """The transformers classifier, whole on every rank or partitioned under ZeRO-3, and the
+    adapters in it."""
+    model = job.model
+    if isinstance(model, str):
+        model = create_model_from_path(
+            model,
+            AutoModelForSequenceClassification,
+            num_labels=1,
+            device_map=None,
+            **job.model_kwargs,
+        )
     if attributes := attribute_weights(job.config):
-        widen_head(inner, attributes, job.config.seed)
-    return inner
+        widen_head(model, attributes, job.config.seed)
+    if "quantization_config" in job.model_kwargs:
+        prepare_quantised(model)
+    if job.config.freeze:
+        freeze(model, job.config.freeze)
+    if job.adapter is not None:
+        model = load_adapter(model, job.adapter, cast_adapters=stage < 3)
+    elif job.peft is not None:
+        model = attach(model, job.peft, seed=job.config.seed, cast_adapters=stage < 3)
+    if not is_adapted(model):
+        return model, None
+    adapters = Adapters(model)
+    if stage == 0:  # there the weights are their own masters
+        for parameter in adapters.inner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapters.inner, adapters
 
 
 def hidden_size(job: Job) -> int:
@@ -278,7 +317,8 @@ def asked_dtype(job: Job, inner: Any) -> torch.dtype:
 
 def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
     """Weights of 8 or 11 significant bits do not move under small updates."""
-    if inner.dtype != torch.float32 and bf16 and stage == 0:
+    trained = {p.dtype for p in inner.parameters() if p.requires_grad}
+    if trained != {torch.float32} and bf16 and stage == 0:
         raise ConfigError(
             f"ZeRO stage 0 trains the weights as they are loaded, in "
             f"{str(inner.dtype).removeprefix('torch.')}: there would be no fp32 masters. Load them "
@@ -326,7 +366,7 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
         ),
         most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
         longest=pairs.most_sequences * per_forward * longest if padded else int(pairs.tokens.max()),
-        checkpointing=config.gradient_checkpointing,
+        checkpointing=config.activation_offloading or config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
     )
     engine.train()
@@ -334,13 +374,19 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
     fit = replace(fit, keeps_activations=bool(agreed[0]), max_tokens=int(agreed[1]))
     if not fit.keeps_activations:
-        model.inner.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
-            or {"use_reentrant": False}
+        checkpointing: dict[str, Any] = dict(
+            config.gradient_checkpointing_kwargs or {"use_reentrant": False}  # type: ignore[arg-type]
         )
+        model.inner.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+        if checkpointing.get("use_reentrant") and not _embeddings_trained(model.inner):
+            model.inner.enable_input_require_grads()  # else no gradient leaves a reentrant layer
     path = "padded" if padded else model.path
     _note(session, f"The model takes {path} rows. {fit.in_words()}")
     return Rows(padded, fit.max_tokens, model.window)
+
+
+def _embeddings_trained(inner: Any) -> bool:
+    return all(p.requires_grad for p in inner.get_input_embeddings().parameters())
 
 
 def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:
@@ -398,7 +444,12 @@ def _write_part(worker: Worker, folder: Path) -> None:
     session, state = worker.session, worker.state
     window = worker.metrics.gather_on_first_rank(session.rank)
     client_state = {"raywards": {**dataclasses.asdict(state), "window": window}}
-    worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
+    worker.engine.save_checkpoint(
+        str(folder),
+        tag=_TAG,
+        client_state=client_state,
+        exclude_frozen_parameters=worker.job.untrained is not None,
+    )
     torch.save(random_state(session.device), folder / f"random-{session.rank}.pt")
 
     if session.rank == 0:
@@ -450,7 +501,9 @@ def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> di
     engine, session = worker.engine, worker.session
     stage = engine.zero_optimization_stage()
     if stage == 0 or manifest["num_ranks"] == session.world_size:
-        path, client_state = engine.load_checkpoint(str(folder), tag=_TAG)
+        path, client_state = engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=worker.job.untrained is None
+        )
     else:
         _note(
             session,
@@ -477,7 +530,8 @@ def export(worker: Worker, held: State) -> None:
     """
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
-    weights = dict(full_weights(inner, keep=rank == 0))
+    partly = job.untrained is not None
+    weights = dict(full_weights(inner, keep=rank == 0, trained_only=partly))
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
@@ -486,6 +540,8 @@ def export(worker: Worker, held: State) -> None:
         if attributes := attribute_weights(job.config):
             beside = {FILE: describe_heads(weights, attributes)}
             weights = fold_heads(weights, attributes)
+        if partly:
+            inner, weights = complete(worker, weights)
         with writing(job.paths.export):
             manifest = export_model(
                 inner,
@@ -509,10 +565,27 @@ def export(worker: Worker, held: State) -> None:
     torch.distributed.barrier()
 
 
-def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The whole model and its state dict, where some weights alone were trained. On rank 0."""
+    job = worker.job
+    assert job.untrained is not None
+    base = load_untrained(job.untrained, job.model_kwargs)
+    if worker.adapters is None:
+        return base, with_trained(base, trained)
+    merged = worker.adapters.merge(
+        base.float(), trained, job.paths.adapter, base_name=job.about["base_model"]
+    )
+    return merged, merged.state_dict()
+
+
+def full_weights(
+    inner: Any, *, keep: bool, trained_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The state dict with master weights, one tensor at a time. A collective; `keep` on rank 0."""
     by_name = dict(inner.named_parameters(remove_duplicate=False))
     for name, value in inner.state_dict(keep_vars=True).items():
+        if trained_only and not value.requires_grad:
+            continue
         full = value.detach()
         if name in by_name:
             master = safe_get_full_fp32_param(by_name[name]) if value.requires_grad else None
