@@ -23,7 +23,13 @@ import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
 from raywards.config import RewardConfig, RunPaths, as_dict, freeze
 from raywards.errors import CheckpointError, ConfigError, TrainingError
-from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
+from raywards.loader import (
+    change_tokenizer,
+    check_reward_model,
+    create_model_from_path,
+    grow_vocabulary,
+    load_tokenizer,
+)
 from raywards.rendering import Rendering
 from raywards.train.cluster import connect, run_on_ray
 from raywards.train.loop import evaluate_alone, train
@@ -46,6 +52,10 @@ _NOT_SUPPORTED = {
     "quantization_config": "quantised training is not built yet",
     "peft_config": "LoRA is not built yet: raywards trains all weights",
 }
+
+_SUMMARY = (
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch",
+)  # fmt: skip
 
 
 class RewardTrainer:
@@ -118,12 +128,16 @@ class RewardTrainer:
         """Rows left out of each set, by reason."""
         self._model = model
         self._model_kwargs = _model_kwargs(self.args, model)
-        self.processing_class = processing_class or load_tokenizer(
-            self.model_id,
-            revision=self._model_kwargs.get("revision"),
-            trust_remote_code=self.args.trust_remote_code,
+        self.processing_class = change_tokenizer(
+            processing_class
+            or load_tokenizer(
+                self.model_id,
+                revision=self._model_kwargs.get("revision"),
+                trust_remote_code=self.args.trust_remote_code,
+            ),
             eos_token=self.args.eos_token,
             chat_template_path=self.args.chat_template_path,
+            trust_remote_code=self.args.trust_remote_code,
         )
         self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
         if not isinstance(model, str) and model.config.num_labels != 1:
@@ -184,11 +198,14 @@ class RewardTrainer:
             log.close()
         if log.finished is None:
             raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
-        self.state.log_history = log.history
-        self.state.global_step = log.finished["step"]
+        output = self._output(log, time.monotonic() - started)
+        # As in transformers, the last record of the history sums the run up.
+        summed_up = {name: output.metrics[name] for name in _SUMMARY}
+        self.state.log_history = [*log.history, {"step": output.global_step, **summed_up}]
+        self.state.global_step, self.state.epoch = output.global_step, summed_up["epoch"]
         if self.args.push_to_hub:
             self.push_to_hub()
-        return self._output(log, time.monotonic() - started)
+        return output
 
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
@@ -226,12 +243,15 @@ class RewardTrainer:
         if not isinstance(self._model, str):
             return self._model
         transformers.set_seed(self.args.seed)
-        return create_model_from_path(
+        model = create_model_from_path(
             self._model,
             transformers.AutoModelForSequenceClassification,
             device_map=None,
             **self._model_kwargs,
         )
+        if self.args.chat_template_path is not None:
+            grow_vocabulary(model, self.processing_class)
+        return model
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Copy the export into `output_dir`; default: the run folder itself, as TRL does."""
@@ -432,10 +452,13 @@ class RewardTrainer:
         ]
         held_out = [entry for entry in log.history if any(k.startswith("eval") for k in entry)]
         assert log.finished is not None
-        share = 1 - log.first_step / max(1, log.finished["step"])  # what this call trained
+        steps = log.finished["step"]
+        share = 1 - log.first_step / max(1, steps)  # what this call trained
         metrics = {
             "train_runtime": seconds,
             "train_samples_per_second": share * log.finished["num_pairs"] / seconds,
+            "train_steps_per_second": share * steps / seconds,
+            "epoch": max((entry["epoch"] for entry in log.history), default=0.0),
             "num_pairs": log.finished["num_pairs"],
             "num_dropped": {name: sum(counts.values()) for name, counts in self.dropped.items()},
             "dropped": self.dropped,
@@ -444,7 +467,7 @@ class RewardTrainer:
         }
         mean = sum(weighted) / starts[-1] if starts[-1] else float("nan")
         metrics["train_loss"] = mean
-        return TrainOutput(log.finished["step"], mean, metrics)
+        return TrainOutput(steps, mean, metrics)
 
 
 class _Console:

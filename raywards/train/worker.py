@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
 from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
-from raywards.loader import check_reward_model, create_model_from_path
+from raywards.loader import check_reward_model, create_model_from_path, grow_vocabulary
 from raywards.metrics import PairMetrics
 from raywards.model import RewardModel, disable_dropout
 from raywards.packing import TrainPlan
@@ -140,7 +140,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner = load_model(job)
     refuse_without_master_weights(inner, bf16, stage_of(settings))
-    prepare_model(inner, config)
+    prepare_model(inner, config, job.rendering.tokenizer)
     model = RewardModel(inner)
 
     pairs = PairTable(job.train)
@@ -247,8 +247,10 @@ def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
         )
 
 
-def prepare_model(inner: Any, config: RewardConfig) -> None:
-    """Dropout, checkpointing and cache as the settings say."""
+def prepare_model(inner: Any, config: RewardConfig, tokenizer: Any) -> None:
+    """Vocabulary, dropout and cache as the settings say."""
+    if config.chat_template_path is not None or config.eos_token is not None:
+        grow_vocabulary(inner, tokenizer)
     inner.config.use_cache = False
     if config.disable_dropout:
         disable_dropout(inner)

@@ -68,8 +68,13 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardTr
     return one
 
 
+def records(run: RewardTrainer) -> list[dict[str, Any]]:
+    """What was logged while it trained."""
+    return [record for record in run.state.log_history if "loss" in record]
+
+
 def losses(run: RewardTrainer) -> list[float]:
-    return [record["loss"] for record in run.state.log_history if "loss" in record]
+    return [record["loss"] for record in records(run)]
 
 
 def difference(a: RewardTrainer, b: RewardTrainer) -> float:
@@ -90,10 +95,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def check_lineage(run: RewardTrainer, reference: RewardTrainer) -> None:
     """Every step stands in the log once, and every pair of every epoch was trained once."""
-    assert [record["step"] for record in run.state.log_history] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
     last = Scorer.from_pretrained(run.paths.export).info["training"]
     assert (last["step"], last["num_pairs"]) == (STEPS, len(ROWS) * EPOCHS)
-    tokens = [each.state.log_history[-1]["num_tokens"] for each in (run, reference)]
+    tokens = [records(each)[-1]["num_tokens"] for each in (run, reference)]
     assert tokens[0] == tokens[1]
 
 
