@@ -239,6 +239,7 @@ class RewardTrainer:
                 transformers.AutoModelForSequenceClassification,
                 dtype="auto",
                 device_map=None,
+                trust_remote_code=self._model_kwargs.get("trust_remote_code", False),
             )
         if not isinstance(self._model, str):
             return self._model
