@@ -6,13 +6,13 @@ weight has to be the same.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from both import (
@@ -40,6 +40,7 @@ from transformers import (
 )
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
+import raywards
 from raywards.errors import ConfigError, ModelError
 from raywards.packing import TrainPlan, pack_pairs
 from raywards.train.table import PairTable
@@ -313,15 +314,17 @@ def test_a_pair_over_max_length_is_left_out_as_trl_leaves_it_out(
     assert_same_run(both, steps=4, learned=0.02)
 
 
-@pytest.mark.parametrize("given", [None, "rows"], ids=["none", "a list"])
-def test_training_rows_have_to_be_a_dataset(given: Any, model: Path, tmp_path: Path) -> None:
-    """TRL says `train_dataset` is required, or raises a TypeError; raywards reads a list as several
-    datasets, and says what to do."""
-    for build, errors in ((build_theirs, (ValueError, TypeError)), (build_ours, (ConfigError,))):
-        rows = None if given is None else (ROWS,)  # a list would be made a table by `build`
-        with pytest.raises(errors, match="dataset"):
-            trainer = build(model, tmp_path, rows)
-            trainer.train()
+def test_training_rows_are_required_and_have_to_be_a_dataset(model: Path, tmp_path: Path) -> None:
+    """A list of rows is a TypeError in TRL; raywards takes a list for several datasets, and says
+    how to make one of it."""
+    for build in (build_theirs, build_ours):
+        with pytest.raises(ValueError, match="train_dataset.* required"):
+            build(model, tmp_path, None)
+    rows = tuple(ROWS)
+    with pytest.raises(TypeError, match="must be a `Dataset`"):
+        build_theirs(model, tmp_path, rows)
+    with pytest.raises(ConfigError, match=r"datasets\.Dataset\.from_list"):
+        build_ours(model, tmp_path, rows).train()
 
 
 # ---------------------------------------------------------------- chat templates
@@ -356,7 +359,7 @@ def test_a_template_of_another_model_brings_its_tokens_as_in_trl(
     before = len(tokenizer)
     both = train_both(folder, tmp_path, chat_template_path=str(model))
     assert_same_run(both)
-    theirs, ours = both.weights
+    _, ours = both.weights
     [embedding] = [name for name in ours if "embed_tokens" in name]
     assert ours[embedding].shape[0] == 448 > before
     exported = AutoTokenizer.from_pretrained(both.ours.paths.export)
@@ -557,14 +560,9 @@ def test_the_batches_are_trls_in_trls_order(model: Path, tmp_path: Path) -> None
 
 def test_the_same_names_come_from_both_packages() -> None:
     """A script changes its import and nothing else."""
-    import inspect
-
-    import raywards
-
     for name in ("RewardTrainer", "RewardConfig"):
         assert hasattr(trl, name)
         assert hasattr(raywards, name)
     theirs = inspect.signature(trl.RewardTrainer.__init__).parameters
     ours = inspect.signature(raywards.RewardTrainer.__init__).parameters
     assert list(ours) == list(theirs)
-    assert datasets is not None
