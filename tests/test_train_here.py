@@ -407,6 +407,15 @@ def test_torchrun_is_told_to_use_workers(
         run(model, tmp_path / "run")
 
 
+def test_training_leaves_no_variable_of_a_job_behind(model: Path, tmp_path: Path) -> None:
+    """accelerate would take a later trainer in this process for one worker of several."""
+    before = dict(os.environ)
+    run(model, tmp_path / "run", max_steps=1)
+    job = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert {name: os.environ.get(name) for name in job} == {n: before.get(n) for n in job}
+    run(model, tmp_path / "again", max_steps=1)
+
+
 def test_a_torch_dtype_in_the_settings_reaches_model_and_export(
     model: Path, tmp_path: Path
 ) -> None:

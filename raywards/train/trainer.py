@@ -432,8 +432,8 @@ class RewardTrainer:
             keep=self.args.save_total_limit,
             use_gpu=use_gpu,
         )
-        session.join_process_group(self.args.ddp_timeout)
-        train(job, session)
+        with session.process_group(self.args.ddp_timeout):
+            train(job, session)
 
     # ------------------------------------------------------------ after the workers
 
