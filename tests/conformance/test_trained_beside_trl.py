@@ -318,7 +318,7 @@ def test_training_rows_are_required_and_have_to_be_a_dataset(model: Path, tmp_pa
     """A list of rows is a TypeError in TRL; raywards takes a list for several datasets, and says
     how to make one of it."""
     for build in (build_theirs, build_ours):
-        with pytest.raises(ValueError, match="train_dataset.* required"):
+        with pytest.raises(ValueError, match=r"train_dataset.* required"):
             build(model, tmp_path, None)
     rows = tuple(ROWS)
     with pytest.raises(TypeError, match="must be a `Dataset`"):
