@@ -113,3 +113,33 @@ def test_push_to_hub_uploads_the_finished_export(
     assert "secret" not in (tmp_path / "my-rm" / "export" / "raywards.json").read_text()
     with pytest.raises(ConfigError, match="blocking"):
         trainer.push_to_hub(blocking=True)
+
+
+def test_metrics_and_state_are_logged_and_saved_as_scripts_of_transformers_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_qwen2(tmp_path / "model", num_labels=None)
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(
+            output_dir=str(tmp_path / "out"), num_workers=0, use_cpu=True, bf16=False, max_steps=2,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(conversation_rows(8)),
+        eval_dataset=datasets.Dataset.from_list(conversation_rows(4, seed=1)),
+    )  # fmt: skip
+    result = trainer.train()
+    assert trainer.is_world_process_zero()
+    for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    trainer.save_state()
+    assert "eval_accuracy" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert saved["train_loss"] == result.training_loss
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["log_history"] == trainer.state.log_history
+    with pytest.raises(AttributeError, match="Use `Scorer` on the export"):
+        trainer.predict(None)
+    with pytest.raises(AttributeError, match="no such name"):
+        _ = trainer.perdict

@@ -13,10 +13,11 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import trainer_pt_utils
 from transformers.trainer_utils import TrainOutput
 
 import raywards
@@ -39,6 +40,7 @@ from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.worker import Job, global_batch, may_be_half
 from raywards.train.zero import read_zero, zero_config
+from raywards.trl_fields import REFUSED_METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,9 @@ class RewardTrainer:
 
     The other arguments are TRL's; they are refused by name.
     """
+
+    # As transformers' Trainer has them, for scripts that save what `train` and `evaluate` return.
+    from transformers.trainer_pt_utils import save_metrics, save_state
 
     def __init__(
         self,
@@ -284,6 +289,32 @@ class RewardTrainer:
     def end(self) -> None:
         """Nothing is left to end: TRL's scripts call it."""
 
+    def is_world_process_zero(self) -> bool:
+        """The script runs once, in the driver."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics as transformers prints them."""
+        formatted: dict[str, Any] = trainer_pt_utils.metrics_format(_in_lines(metrics))
+        return formatted
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print metrics of a split, one a line."""
+        trainer_pt_utils.log_metrics(self, split, _in_lines(metrics))
+
+    if not TYPE_CHECKING:  # else no missing attribute would be found
+
+        def __getattr__(self, name: str) -> Any:
+            advice = REFUSED_METHODS.get(name)
+            told = (
+                f"raywards does not have this method of TRL. {advice}"
+                if advice
+                else "no such name."
+            )
+            raise AttributeError(f"RewardTrainer.{name}: {told}")
+
     # ------------------------------------------------------------ before the workers
 
     @property
@@ -487,6 +518,11 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
     return args
+
+
+def _in_lines(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts by set and by reason as a line of JSON each."""
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in metrics.items()}
 
 
 def _absolute_if_folder(model: Any) -> Any:
