@@ -6,6 +6,7 @@ and ours have to be the same. What they are otherwise is in `test_where_trl_is_w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,21 @@ def test_eval_steps_default_to_logging_steps_as_in_trl(model: Path, tmp_path: Pa
         model, tmp_path, eval_dataset=table(HELD_OUT), eval_strategy="steps", logging_steps=3
     )
     assert [our["step"] for _, our in both.records("eval_loss")] == [3, 6]
+
+
+def test_the_page_about_trl_has_every_metric_that_trl_logs(model: Path, tmp_path: Path) -> None:
+    """A metric called refused is not there, every other one is."""
+    both = train_both(
+        model, tmp_path, eval_dataset=table(HELD_OUT), eval_strategy="epoch", num_train_epochs=1
+    )
+    theirs, ours = (
+        {name for record in trainer.state.log_history for name in record}
+        for trainer in (both.theirs, both.ours)
+    )
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (\w+)", page.partition("## Metrics")[2], re.MULTILINE)
+    assert {name for name, _ in rows} == theirs
+    assert {name for name, verdict in rows if verdict != "refused"} == theirs & ours
 
 
 def test_the_prefix_of_evaluate_is_used_as_in_trl(model: Path, tmp_path: Path) -> None:

@@ -186,6 +186,15 @@ def test_half_precision_weights_have_masters_where_trl_trains_them_as_they_are(
     assert moved(theirs) < 0.2 * moved(ours), (moved(theirs), moved(ours))
 
 
+def test_loading_settings_of_a_loaded_model_are_refused_and_trl_warns(
+    model: Path, tmp_path: Path
+) -> None:
+    settings = {"model_init_kwargs": {"dtype": "bfloat16"}}
+    build_theirs(loaded(model), tmp_path, **settings)
+    with pytest.raises(ConfigError, match="model_init_kwargs: has no effect"):
+        build_ours(loaded(model), tmp_path, **settings)
+
+
 def test_a_model_of_two_labels_is_refused_in_the_words_of_trl(tmp_path: Path) -> None:
     def two() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)

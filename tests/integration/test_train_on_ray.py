@@ -15,7 +15,7 @@ import pytest
 import torch
 from preferences_data import conversation_rows
 from safetensors.torch import load_file
-from tiny import tiny_qwen2
+from tiny import llama_like_tokenizer, tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import complete_checkpoints
@@ -116,6 +116,30 @@ def kill_one_worker(run: RewardTrainer) -> None:
     os.kill(workers[-1], signal.SIGKILL)
 
 
+def test_the_reference_is_what_trl_trains(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    """So what equals the reference, at any number of workers and any ZeRO stage, equals TRL.
+
+    TRL's own test of two processes (ddp, zero2, zero3) asks only that they end.
+    """
+    trl = pytest.importorskip("trl")
+    theirs = trl.RewardTrainer(
+        str(model),
+        trl.RewardConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False,
+            learning_rate=1e-3, num_train_epochs=EPOCHS, per_device_train_batch_size=8,
+            logging_steps=1, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )  # fmt: skip
+    theirs.train()
+    assert losses(reference) == pytest.approx(losses(theirs), abs=1e-5)
+    trained, ours = theirs.model.state_dict(), weights_of(reference)
+    assert ours.keys() == trained.keys()
+    assert max((ours[name] - trained[name]).abs().max().item() for name in ours) < 1e-4
+
+
 def test_a_killed_worker_costs_time_and_no_pair(
     model: Path, tmp_path: Path, reference: RewardTrainer
 ) -> None:
@@ -201,6 +225,25 @@ def test_zero_3_partitions_trains_and_exports_the_same_model(
     [checkpoint] = complete_checkpoints(run.paths.run)
     shards = list((checkpoint / "engine").glob("zero_pp_rank_*_model_states.pt"))
     assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_a_vocabulary_grows_alike_on_every_rank(model: Path, tmp_path: Path) -> None:
+    """The template of another tokenizer brings tokens; ZeRO-3 partitions what is drawn for them."""
+    tokenizer = llama_like_tokenizer()
+    tokenizer.chat_template = None
+    other = tiny_qwen2(tmp_path / "other", num_labels=None, tokenizer=tokenizer)
+    changes = {"chat_template_path": str(model), "num_train_epochs": 2}
+    one = trainer(
+        other, tmp_path / "one", num_workers=0, deepspeed=0, per_device_train_batch_size=8,
+        **changes,
+    )  # fmt: skip
+    one.train()
+    two = trainer(other, tmp_path / "two", deepspeed=STAGES[3], **changes)
+    two.train()
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert difference(one, two) < 1e-5
+    assert weights_of(two)["model.embed_tokens.weight"].shape[0] % 64 == 0
 
 
 def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
