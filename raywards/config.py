@@ -165,9 +165,10 @@ class RewardConfig:
     control_tokens: Literal["as_text", "refuse"] = "as_text"
     """A control token such as `<|im_end|>` inside a message is encoded as text, or refused."""
     chat_template_path: str | None = None
-    """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used."""
+    """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used. A
+    tokenizer's added tokens and its closing token come with it, and the model grows by them."""
     eos_token: str | None = None
-    """Token that closes plain text, if not the tokenizer's own."""
+    """Token that closes plain text, if not the tokenizer's own; the export is told, too."""
     dataset_weights: dict[str, Annotated[float, Field(gt=0)]] | str | None = None
     """How often an epoch trains the pairs of a source, by its name: 2 twice, 0.5 half of them, and
     the other half in the next epoch. Default, also for a source that is not named: once."""

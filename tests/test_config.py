@@ -35,10 +35,6 @@ CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yam
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl"]
 
 # Defaults of TRL that are not ours, and why.
-OTHER_DEFAULTS = {
-    "disable_tqdm": "TRL's None is False unless its log level is high",
-    "gradient_checkpointing": "TRL's True costs a third where activations fit, and they often do",
-}
 # Refused although TRL's RewardConfig has no such field: arguments of TRL's trainer.
 NOT_FIELDS_OF_TRL = {"data_collator"}
 
@@ -255,15 +251,6 @@ def test_every_setting_of_trl_is_ours_or_refused_and_nothing_is_both() -> None:
 
 def default_of(field: Any) -> Any:
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
-
-
-def test_shared_defaults_are_trls_except_the_ones_written_down() -> None:
-    trl = pytest.importorskip("trl")
-    theirs = {f.name: default_of(f) for f in dataclasses.fields(trl.RewardConfig)}
-    ours = as_dict(RewardConfig()) | {"hub_token": RewardConfig().hub_token}
-    shared = set(theirs) & set(ours)
-    assert len(shared) > 40
-    assert {name for name in shared if theirs[name] != ours[name]} == set(OTHER_DEFAULTS)
 
 
 def test_a_default_of_trl_that_is_refused_is_accepted_when_spelled_out() -> None:

@@ -7,7 +7,10 @@ run, and every field of a manifest that a run wrote stands in checkpoints.md.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import importlib
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -68,8 +71,10 @@ def generator() -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["settings.md", "bad_rows.md"])
+@pytest.mark.parametrize("name", ["settings.md", "bad_rows.md", "trl.md"])
 def test_a_generated_page_is_what_the_generator_writes_now(name: str) -> None:
+    if name == "trl.md":
+        pytest.importorskip("trl")
     written = (DOCS / name).read_text(encoding="utf-8")
     assert written == generator().pages()[name], "run: python docs/build.py"
 
@@ -81,6 +86,45 @@ def test_the_reference_has_every_setting_and_every_reason() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", pages["settings.md"], re.MULTILINE)
     assert sorted(rows) == sorted([*fields, *generator().REFUSED])
     assert re.findall(r"^\| `(\w+)` \|", pages["bad_rows.md"], re.MULTILINE) == list(REASONS)
+
+
+def beside_trl() -> Any:
+    pytest.importorskip("trl")
+    generator()  # puts the folder on the path
+    return importlib.import_module("beside_trl")
+
+
+def test_the_page_about_trl_has_everything_that_trl_has_once() -> None:
+    """A setting, argument or method that TRL gets has to be decided on before the page is made."""
+    made = beside_trl()
+    import trl
+
+    named = re.findall(r"^\| `(\w+)` \|", (DOCS / "trl.md").read_text(), re.MULTILINE)
+    settings = [field.name for field in dataclasses.fields(trl.RewardConfig)]
+    assert len(settings) > 100
+    arguments = list(inspect.signature(trl.RewardTrainer.__init__).parameters)[1:]
+    methods = [
+        name
+        for name in dir(trl.RewardTrainer)
+        if not name.startswith("_") and callable(getattr(trl.RewardTrainer, name))
+    ]
+    assert len(methods) > 40
+    assert named == [*settings, *arguments, *methods, *made.METRIC_NOTES]
+
+
+def test_what_the_page_about_trl_says_is_of_things_that_are_there() -> None:
+    """A note about a setting that is refused, or about no setting at all, is left over."""
+    made = beside_trl()
+    ours = set(generator().field_names(RewardConfig))
+    assert made.other_defaults() == set(made.OTHER_DEFAULTS)
+    assert set(made.BETTER) <= ours
+    assert set(made.ARGUMENT_NOTES) <= set(made.arguments()) - set(made._NOT_SUPPORTED)
+    methods = set(made.public_methods(RewardTrainer))
+    assert set(made.METHOD_NOTES) <= methods
+    assert set(made.REFUSED_METHODS) & methods == set()
+    for name, advice in made.REFUSED_METHODS.items():
+        with pytest.raises(AttributeError, match=re.escape(advice)):
+            getattr(RewardTrainer.__new__(RewardTrainer), name)
 
 
 # ---------------------------------------------------------------- data.md

@@ -212,17 +212,27 @@ class LocalSession:
                 raise
             logger.warning("a %s record could not be kept: %s", kind, error)
 
-    def join_process_group(self, timeout_s: int) -> None:
-        """Make the process group of one that DeepSpeed asks for, unless there is one already.
+    @contextlib.contextmanager
+    def process_group(self, timeout_s: int) -> Iterator[None]:
+        """Inside it there is the process group of one that DeepSpeed asks for.
 
-        It stays until the process ends: DeepSpeed keeps references to it, and a second run in the
-        same notebook would fail on a new one.
+        The group stays until the process ends: DeepSpeed keeps references to it, and a second run
+        in the same notebook would fail on a new one. The variables go: whoever trains next here,
+        or is started from here, would take itself for one of a job (accelerate, torchrun).
         """
         # DeepSpeed reads these even where the group exists.
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
-        if torch.distributed.is_initialized():
-            return
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        added = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            if not torch.distributed.is_initialized():
+                self._make_process_group(timeout_s)
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+    def _make_process_group(self, timeout_s: int) -> None:
         torch.distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=torch.distributed.HashStore(),  # type: ignore[attr-defined]

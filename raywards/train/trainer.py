@@ -13,10 +13,11 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import trainer_pt_utils
 from transformers.trainer_utils import TrainOutput
 
 import raywards
@@ -33,9 +34,11 @@ from raywards.config import (
 from raywards.errors import CheckpointError, ConfigError, TrainingError
 from raywards.heads import restore_heads, widen_head
 from raywards.loader import (
+    change_tokenizer,
     check_reward_model,
     create_model_from_path,
     describe_files,
+    grow_vocabulary,
     load_tokenizer,
 )
 from raywards.packing import TrainPlan
@@ -68,6 +71,7 @@ from raywards.train.storage import checkpoint_of
 from raywards.train.tuning import check_cheaper, check_quantised
 from raywards.train.worker import Job, may_be_half
 from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
+from raywards.trl_fields import REFUSED_METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,10 @@ _NOT_SUPPORTED = {
     "optimizer_cls_and_kwargs": "AdamW is set by the fields of RewardConfig",
     "preprocess_logits_for_metrics": "metrics are sums over pairs, not over gathered predictions",
 }
+
+_SUMMARY = (
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch",
+)  # fmt: skip
 
 
 class RewardTrainer(FinishedRun):
@@ -105,6 +113,9 @@ class RewardTrainer(FinishedRun):
 
     The other arguments are TRL's; they are refused by name.
     """
+
+    # As transformers' Trainer has them, for scripts that save what `train` and `evaluate` return.
+    from transformers.trainer_pt_utils import save_metrics, save_state
 
     def __init__(
         self,
@@ -152,12 +163,16 @@ class RewardTrainer(FinishedRun):
         """Rows left out of each set, by reason."""
         self._model_kwargs = _model_kwargs(self.args, model, quantization_config)
         self._model = model
-        self.processing_class = processing_class or load_tokenizer(
-            self.model_id,
-            revision=self._model_kwargs.get("revision"),
-            trust_remote_code=self.args.trust_remote_code,
+        self.processing_class = change_tokenizer(
+            processing_class
+            or load_tokenizer(
+                self.model_id,
+                revision=self._model_kwargs.get("revision"),
+                trust_remote_code=self.args.trust_remote_code,
+            ),
             eos_token=self.args.eos_token,
             chat_template_path=self.args.chat_template_path,
+            trust_remote_code=self.args.trust_remote_code,
         )
         self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
         if not isinstance(model, str) and self.args.attributes:
@@ -264,13 +279,18 @@ class RewardTrainer(FinishedRun):
             raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
         self._note_best(log.finished)
         self._trained = True
+        output = self._output(log, time.monotonic() - started)
+        # As in transformers, the last record of the history sums the run up.
+        summed_up = {name: output.metrics[name] for name in _SUMMARY}
+        self.state.log_history = [*log.history, {"step": output.global_step, **summed_up}]
+        self.state.global_step, self.state.epoch = output.global_step, summed_up["epoch"]
         try:
             self.create_model_card()
         except OSError as error:  # a full disk: the export is whole without a card
             logger.warning("no model card (%s); create_model_card() writes it later", error)
         if self.args.push_to_hub:
             self.push_to_hub()
-        return self._output(log, time.monotonic() - started)
+        return output
 
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
@@ -315,19 +335,49 @@ class RewardTrainer(FinishedRun):
                 transformers.AutoModelForSequenceClassification,
                 dtype="auto",
                 device_map=None,
+                trust_remote_code=self._model_kwargs.get("trust_remote_code", False),
             )
         if not isinstance(self._model, str):
             return self._model
         transformers.set_seed(self.args.seed)
-        return create_model_from_path(
+        model = create_model_from_path(
             self._model,
             transformers.AutoModelForSequenceClassification,
             device_map=None,
             **self._model_kwargs,
         )
+        if self.args.chat_template_path is not None:
+            grow_vocabulary(model, self.processing_class)
+        return model
 
     def end(self) -> None:
         """Nothing is left to end: TRL's scripts call it."""
+
+    def is_world_process_zero(self) -> bool:
+        """The script runs once, in the driver."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics as transformers prints them."""
+        formatted: dict[str, Any] = trainer_pt_utils.metrics_format(_in_lines(metrics))
+        return formatted
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print metrics of a split, one a line."""
+        trainer_pt_utils.log_metrics(self, split, _in_lines(metrics))
+
+    if not TYPE_CHECKING:  # else no missing attribute would be found
+
+        def __getattr__(self, name: str) -> Any:
+            advice = REFUSED_METHODS.get(name)
+            told = (
+                f"raywards does not have this method of TRL. {advice}"
+                if advice
+                else "no such name."
+            )
+            raise AttributeError(f"RewardTrainer.{name}: {told}")
 
     # ------------------------------------------------------------ before the workers
 
@@ -550,8 +600,8 @@ class RewardTrainer(FinishedRun):
             keep=self.args.save_total_limit,
             use_gpu=use_gpu,
         )
-        session.join_process_group(self.args.ddp_timeout)
-        train(job, session)
+        with session.process_group(self.args.ddp_timeout):
+            train(job, session)
 
     # ------------------------------------------------------------ after the workers
 
@@ -576,10 +626,13 @@ class RewardTrainer(FinishedRun):
             if entry["step"] <= log.finished["exported_step"]
             and any(k.startswith("eval") for k in entry)
         ]
-        share = 1 - log.first_step / max(1, log.finished["step"])  # what this call trained
+        steps = log.finished["step"]
+        share = 1 - log.first_step / max(1, steps)  # what this call trained
         metrics = {
             "train_runtime": seconds,
             "train_samples_per_second": share * log.finished["num_pairs"] / seconds,
+            "train_steps_per_second": share * steps / seconds,
+            "epoch": max((entry["epoch"] for entry in log.history), default=0.0),
             "num_pairs": log.finished["num_pairs"],
             "num_dropped": {name: sum(counts.values()) for name, counts in self.dropped.items()},
             "dropped": self.dropped,
@@ -588,7 +641,7 @@ class RewardTrainer(FinishedRun):
         }
         mean = sum(weighted) / starts[-1] if starts[-1] else float("nan")
         metrics["train_loss"] = mean
-        return TrainOutput(log.finished["step"], mean, metrics)
+        return TrainOutput(steps, mean, metrics)
 
 
 class _Console:
@@ -607,6 +660,11 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
     return args
+
+
+def _in_lines(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts by set and by reason as a line of JSON each."""
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in metrics.items()}
 
 
 def _absolute_if_folder(model: Any) -> Any:

@@ -32,7 +32,7 @@ from raywards.checkpoint import export_model, list_files, read_manifest, write_m
 from raywards.config import RewardConfig, RunPaths, attribute_weights
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
 from raywards.heads import FILE, describe_heads, fold_heads, widen_head
-from raywards.loader import check_reward_model, create_model_from_path
+from raywards.loader import check_reward_model, create_model_from_path, grow_vocabulary
 from raywards.metrics import Metrics
 from raywards.model import RewardModel, disable_dropout
 from raywards.objectives import build_objective
@@ -269,6 +269,7 @@ def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
             device_map=None,
             **job.model_kwargs,
         )
+    fit_vocabulary(model, job)
     if attributes := attribute_weights(job.config):
         widen_head(model, attributes, job.config.seed)
     if "quantization_config" in job.model_kwargs:
@@ -287,6 +288,20 @@ def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return adapters.inner, adapters
+
+
+def fit_vocabulary(model: Any, job: Job) -> None:
+    """Give the model the closing token, and tokens, that the settings bring with them."""
+    if job.config.chat_template_path is None and job.config.eos_token is None:
+        return
+    size = model.get_input_embeddings().num_embeddings
+    grow_vocabulary(model, job.rendering.tokenizer)
+    if job.untrained is not None and model.get_input_embeddings().num_embeddings > size:
+        raise ConfigError(
+            "chat_template_path: its tokenizer has tokens that the model lacks, and their new "
+            "embeddings would not be trained beside adapters or under freeze. Train all weights, "
+            "or give a .jinja file."
+        )
 
 
 def hidden_size(job: Job) -> int:
@@ -570,6 +585,7 @@ def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str,
     job = worker.job
     assert job.untrained is not None
     base = load_untrained(job.untrained, job.model_kwargs)
+    fit_vocabulary(base, job)
     if worker.adapters is None:
         return base, with_trained(base, trained)
     merged = worker.adapters.merge(
