@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from raywards.checkpoint import read_manifest
 from raywards.config import RewardConfig
 from raywards.errors import CheckpointError, ConfigError, did_you_mean
 from raywards.evaluation import FIGURES
@@ -146,9 +147,10 @@ def load_best(worker: Worker) -> State:
             f"{worker.job.paths.run}: the best checkpoint, of step {state.best_step}, is gone, so "
             "load_best_model_at_end=True cannot be done. Set it to False to export the last step."
         )
-    saved, _ = load_engine(folder, worker)
+    manifest = read_manifest(folder, kind="checkpoint")
+    load_engine(worker, folder, manifest)
     return dataclasses.replace(
-        state, step=saved.step, num_pairs=saved.num_pairs, num_tokens=saved.num_tokens
+        state, **{name: manifest[name] for name in ("step", "num_pairs", "num_tokens")}
     )
 
 

@@ -1,34 +1,33 @@
 """What every worker runs: read `train` first. It knows no Ray; `session` is its way to the outside.
 
-The global batch, the pairs of one optimizer step over all workers, is the unit. Its loss is the sum
-over its pairs, divided by their number, at any number of workers and forwards. DeepSpeed divides
-the sum over the ranks by their number, so each rank multiplies by it.
+The global batch, the pairs (or other groups: see `objectives`) of one optimizer step over all
+workers, is the unit. Its loss is the sum over its groups, divided by their number, at any number of
+workers and forwards. DeepSpeed divides the sum over the ranks by their number, so each rank
+multiplies by it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from raywards import loss
 from raywards.config import RewardConfig
-from raywards.evaluation import HeldOut
 from raywards.model import RewardModel
-from raywards.packing import PackedRow, pack_pairs
+from raywards.objectives import Judged, build_objective
+from raywards.packing import PackedRow, pack_groups
 from raywards.settle import settle_path
 from raywards.train.best import Goal, check_best_is_there, load_best
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
 from raywards.train.stops import remember, update
 from raywards.train.table import PairTable
-from raywards.train.worker import Job, Worker, build_worker, export, resume, save
+from raywards.train.tuning import offloading
+from raywards.train.worker import Job, Worker, export, open_worker, resume, save
 
 _TICK_S = 0.5
 _EVALUATED_AT_ONCE = 2048
@@ -36,12 +35,8 @@ _EVALUATED_AT_ONCE = 2048
 
 def train(job: Job, session: Session) -> None:
     """Train one reward model on this worker, from the newest checkpoint to the last step."""
-    worker = build_worker(job, session)
-    try:
+    with open_worker(job, session) as worker:
         run(worker)
-    finally:
-        worker.engine.module.unwrap()  # it may be the caller's own model
-        unset_hf_deepspeed_config()  # else what this process loads next would be partitioned
 
 
 def run(worker: Worker) -> None:
@@ -52,7 +47,8 @@ def run(worker: Worker) -> None:
     check_best_is_there(worker)
     clock = Clock()
     if session.rank == 0:
-        session.send("start", {"step": state.step, "total": worker.total_steps})
+        start = {"step": state.step, "total": worker.total_steps, "history": worker.history}
+        session.send("start", {**start, "steps_per_epoch": worker.plan.steps_per_epoch})
     if config.eval_on_start and state.step == 0:
         evaluate(worker)
 
@@ -68,6 +64,8 @@ def run(worker: Worker) -> None:
         due = is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker)
         if due:
             log(worker, learning_rate, clock)
+        if ends_epoch(worker) and session.rank == 0:
+            session.send("epoch", {"step": state.step})
         # Before the checkpoint, which thus knows what the evaluation of its step has found.
         is_best = is_evaluation_due(worker) and goal.take(state, evaluate(worker))
         if goal.is_given_up(state) and not due:
@@ -77,10 +75,22 @@ def run(worker: Worker) -> None:
         if session.rank == 0 and clock.ticks():
             session.send("tick", {"step": state.step})
         session.check()
+        if worker.job.may_stop and session.should_stop():
+            stop(worker)
+            break
 
     session.settle()
     tell_of_stop(worker, goal)
     export(worker, load_best(worker))
+
+
+def stop(worker: Worker) -> None:
+    """End a run that a callback asked to stop, after this step. A collective."""
+    if worker.saved_step != worker.state.step:
+        save(worker)
+    if worker.session.rank == 0:
+        text = f"Stopped after step {worker.state.step}, as a callback asked."
+        worker.session.send("note", {"text": text})
 
 
 # ---------------------------------------------------------------- one step
@@ -95,37 +105,14 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
     for row in plan[session.rank]:
-        judged = judge(worker.engine, worker.pairs, row, config, session.device)
+        with offloading(config, session.device):
+            judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
-            worker.metrics.add(*judged.values, judged.num_tokens)
+            worker.metrics.add(*judged.counted)
             worker.losses.append((row, judged.losses.detach()))
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
         weight = session.world_size / len(indices) if row else 0.0
         worker.engine.backward(judged.losses.sum() * weight, scale_wrt_gas=False)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The pairs of a row and what the model makes of them; tensors are [P]."""
-
-    losses: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    probability: Tensor
-    pairs: dict[str, list[Any]]
-
-    @property
-    def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.losses, self.chosen, self.rejected, self.probability
-
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        sides = zip(self.pairs["chosen_ids"], self.pairs["rejected_ids"], strict=True)
-        return [(len(chosen), len(rejected)) for chosen, rejected in sides]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(sum, self.lengths))
 
 
 def judge(
@@ -135,31 +122,10 @@ def judge(
     config: RewardConfig,
     device: torch.device,
 ) -> Judged:
-    """Rewards and loss of each pair of a row. An empty row is a made-up pair."""
-    pairs = table.take(list(indices)) if indices else _NOTHING
-    row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
-    chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
-    # Sources with and without them may be mixed.
-    margin = _or_else(pairs["margin"], 0.0, device)
-    probability = _or_else(pairs["probability"], 1.0, device)
-    believed = loss.smoothed(probability, config.label_smoothing)
-    losses = loss.bradley_terry(chosen, rejected, margin, believed)
-    if config.center_rewards_coefficient is not None:
-        losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
-    return Judged(losses, chosen, rejected, probability, pairs)
-
-
-def _or_else(values: list[float | None], otherwise: float, device: torch.device) -> Tensor:
-    filled = [otherwise if value is None else value for value in values]
-    return torch.tensor(filled, dtype=torch.float32, device=device)
-
-
-_NOTHING: dict[str, list[Any]] = {
-    "chosen_ids": [[0]],
-    "rejected_ids": [[0]],
-    "margin": [None],
-    "probability": [None],
-}
+    """Rewards and loss of each group of a row. An empty row is a made-up group."""
+    objective = build_objective(config)
+    groups = table.take(list(indices)) if indices else objective.nothing
+    return objective.judge(model(pack_groups(groups["sequences"]).to(device)), groups)
 
 
 # ---------------------------------------------------------------- log, evaluate
@@ -233,7 +199,7 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
             "learning_rate": learning_rate,
             "pairs_per_second": num_pairs / clock.lap(),
         }
-        worker.session.send("log", {k: v for k, v in record.items() if v is not None})
+        worker.log({k: v for k, v in record.items() if v is not None})
 
 
 def tell_of_stop(worker: Worker, goal: Goal) -> None:
@@ -267,7 +233,7 @@ def evaluate(worker: Worker) -> dict[str, float]:
         record.update({f"{prefix}_{name}": value for name, value in values.items()})
     if session.rank == 0 and record:
         epoch = worker.state.step / worker.plan.steps_per_epoch
-        session.send("log", {"step": worker.state.step, "epoch": epoch, **record})
+        worker.log({"step": worker.state.step, "epoch": epoch, **record})
     return record
 
 
@@ -297,12 +263,12 @@ def evaluate_table(
 ) -> dict[str, float]:
     """Figures over all pairs of a table, dealt to the ranks."""
     started = time.monotonic()
-    held_out = HeldOut()
+    held_out = build_objective(config).held_out()
     for start in range(0, len(table), _EVALUATED_AT_ONCE):
         some = range(start, min(start + _EVALUATED_AT_ONCE, len(table)))
         plan = rows.plan(table, some, num_ranks, config.per_device_eval_batch_size)
         for row in plan[rank]:
             judged = judge(model, table, row, config, device)
             if row:
-                held_out.add(*judged.values, judged.lengths, judged.pairs["source"])
+                held_out.add(*judged.held_out)
     return {**held_out.compute(), "runtime": time.monotonic() - started}

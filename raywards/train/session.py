@@ -15,13 +15,14 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from raywards.checkpoint import complete_checkpoints
-from raywards.errors import ConfigError
+from raywards.errors import ConfigError, TrainingError
 from raywards.train.storage import (
     Background,
     checkpoint_of,
@@ -35,6 +36,16 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[str, dict[str, Any]], None]
 """Hands one record to whoever keeps the log: its kind ("log", "tick", ...) and its content."""
+
+
+class Word(IntEnum):
+    """What the driver says to a run."""
+
+    GO = 0
+    STOP = 1
+    """End here, with a checkpoint and an export."""
+    GIVE_UP = 2
+    """End with an error."""
 
 
 class Session(Protocol):
@@ -70,11 +81,22 @@ class Session(Protocol):
     def find(self, step: int) -> Path | None:
         """The complete checkpoint of a step in the run folder. Every rank calls it."""
 
+    def should_stop(self) -> bool:
+        """Whether the driver has asked the run to stop, alike on all ranks: every rank calls it."""
+
 
 class RaySession:
     """A worker of a Ray Train worker group. The process group is up when the loop starts."""
 
-    def __init__(self, send: Send, *, run: Path, explicit: Path | None, keep: int | None) -> None:
+    def __init__(
+        self,
+        send: Send,
+        *,
+        ask: Callable[[], Word],
+        run: Path,
+        explicit: Path | None,
+        keep: int | None,
+    ) -> None:
         import ray.train.torch
 
         context = ray.train.get_context()
@@ -84,6 +106,7 @@ class RaySession:
         self.device = ray.train.torch.get_device()
         self.send = send
         self._run, self._explicit, self._keep = run, explicit, keep
+        self._ask = ask
         self._uploads = Background()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # NCCL moves objects through the current device
@@ -147,12 +170,27 @@ class RaySession:
         torch.distributed.broadcast_object_list(found, src=0)
         return found[0]
 
+    def should_stop(self) -> bool:
+        # Ranks would hear of it at different steps if each asked.
+        word = torch.tensor([self._ask() if self.rank == 0 else Word.GO], device=self.device)
+        torch.distributed.broadcast(word, src=0)
+        if word.item() == Word.GIVE_UP:
+            raise TrainingError("The run was given up where train() was called, which says why.")
+        return word.item() == Word.STOP
+
 
 class LocalSession:
     """This process alone: a notebook, or one GPU. Checkpoints lie in the run folder directly."""
 
     def __init__(
-        self, send: Send, run: Path, *, explicit: Path | None, keep: int | None, use_gpu: bool
+        self,
+        send: Send,
+        run: Path,
+        *,
+        should_stop: Callable[[], bool],
+        explicit: Path | None,
+        keep: int | None,
+        use_gpu: bool,
     ) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(
@@ -163,7 +201,7 @@ class LocalSession:
         self.rank, self.world_size, self.ranks_on_node = 0, 1, 1
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         self.attempt = uuid.uuid4().hex[:8]
-        self._send = send
+        self._send, self.should_stop = send, should_stop
         self._run, self._explicit, self._keep = run, explicit, keep
 
     def send(self, kind: str, record: dict[str, Any]) -> None:
@@ -174,17 +212,27 @@ class LocalSession:
                 raise
             logger.warning("a %s record could not be kept: %s", kind, error)
 
-    def join_process_group(self, timeout_s: int) -> None:
-        """Make the process group of one that DeepSpeed asks for, unless there is one already.
+    @contextlib.contextmanager
+    def process_group(self, timeout_s: int) -> Iterator[None]:
+        """Inside it there is the process group of one that DeepSpeed asks for.
 
-        It stays until the process ends: DeepSpeed keeps references to it, and a second run in the
-        same notebook would fail on a new one.
+        The group stays until the process ends: DeepSpeed keeps references to it, and a second run
+        in the same notebook would fail on a new one. The variables go: whoever trains next here,
+        or is started from here, would take itself for one of a job (accelerate, torchrun).
         """
         # DeepSpeed reads these even where the group exists.
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
-        if torch.distributed.is_initialized():
-            return
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        added = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            if not torch.distributed.is_initialized():
+                self._make_process_group(timeout_s)
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+    def _make_process_group(self, timeout_s: int) -> None:
         torch.distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=torch.distributed.HashStore(),  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import ReduceOp
 
 from raywards.errors import NonFiniteError
-from raywards.metrics import PairMetrics
+from raywards.metrics import Metrics
 from raywards.train.worker import Worker, random_state, save, set_random_state
 
 _ROWS_NAMED = 5
@@ -25,7 +25,7 @@ _ROWS_NAMED = 5
 class Moment:
     """What a step changes before its update: sums of the metrics, and random state."""
 
-    metrics: PairMetrics
+    metrics: Metrics
     random: dict[str, Any]
 
 

@@ -14,19 +14,24 @@ from raywards.config import RewardConfig
 from raywards.errors import ConfigError, TrainingError
 
 
-def zero_config(
-    config: RewardConfig, *, num_ranks: int, bf16: bool, half_weights: bool = False
-) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`, from a stage number, a dict, or a JSON file.
+def default_stage(*, most_ranks: int, half_weights: bool) -> str:
+    """ZeRO stage where `deepspeed` is not set.
 
-    `half_weights`: they are loaded in half precision, so ZeRO has to make the fp32 masters.
+    One process has nothing to shard, and ZeRO's copies cost it a third of its speed. Weights that
+    are loaded in half precision need ZeRO for their fp32 masters.
+    """
+    return "2" if most_ranks > 1 or half_weights else "0"
+
+
+def zero_config(
+    config: RewardConfig, given: Any, *, num_ranks: int, global_batch: int, bf16: bool
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`, from `given`: a stage number, a dict, or a JSON file.
 
     `"auto"` becomes the value of the matching setting of `config`; a value that contradicts its
     setting is a `ConfigError` that names both, as in transformers.
     """
-    # One process has nothing to shard, and ZeRO's copies cost it a third of its speed.
-    default = "2" if num_ranks > 1 or half_weights else "0"
-    settings = copy.deepcopy(read_zero(config.deepspeed or default))
+    settings = copy.deepcopy(read_zero(given))
     if "scheduler" in settings:
         raise ConfigError(
             "deepspeed.scheduler: the schedule is set by `lr_scheduler_type` and `warmup_steps`; "
@@ -39,12 +44,15 @@ def zero_config(
     expected = {
         "train_micro_batch_size_per_gpu": per_rank,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "train_batch_size": per_rank * config.gradient_accumulation_steps * num_ranks,
+        "train_batch_size": global_batch,
         "gradient_clipping": config.max_grad_norm,
         "bf16.enabled": bf16,
     }
     for path, value in expected.items():
         _fill(settings, path, value)
+    # With fewer workers than at the first start, each takes more of the global batch: DeepSpeed,
+    # which insists on a product, does not have to know.
+    settings["train_batch_size"] = per_rank * config.gradient_accumulation_steps * num_ranks
     zero = settings.setdefault("zero_optimization", {})
     _keep_checks(settings)
     stage = zero.setdefault("stage", 0)
