@@ -40,6 +40,7 @@ from raywards.train.table import PairTable
 from raywards.train.tuning import (
     apply_liger,
     freeze,
+    load_trained,
     load_untrained,
     prepare_quantised,
     with_trained,
@@ -421,7 +422,9 @@ def resume(worker: Worker) -> State:
         manifest = read_manifest(folder, kind="checkpoint")
         check_fits(folder, manifest, worker)
         path, client_state = worker.engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=worker.job.untrained is None
+            str(folder),
+            tag=_TAG,
+            custom_load_fn=None if worker.job.untrained is None else load_trained,
         )
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
