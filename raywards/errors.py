@@ -9,6 +9,7 @@
     │   └── CheckpointError              a checkpoint or an export
     ├── TrainingError (RuntimeError)     a run that had to stop
     │   └── NonFiniteError               a loss or a gradient that is NaN or infinite
+    ├── HubError (RuntimeError)          an export could not be uploaded; it is whole where it is
     └── ServiceError (RuntimeError)      a scoring endpoint did not give a reward
         ├── RequestRefusedError          it refused the request (4xx)
         ├── OverloadedError              it is full, starting or draining (503)
@@ -80,6 +81,10 @@ class TrainingError(RaywardsError, RuntimeError):
 
 class NonFiniteError(TrainingError):
     """A loss or gradient is NaN or infinite. The optimizer step was not applied."""
+
+
+class HubError(RaywardsError, RuntimeError):
+    """An export could not be uploaded to the hub. The run and its export are not touched."""
 
 
 class ServiceError(RaywardsError, RuntimeError):

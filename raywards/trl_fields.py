@@ -1,4 +1,4 @@
-"""Settings of TRL's `RewardConfig` that raywards does not take, and what to use instead.
+"""Settings and methods of TRL's that raywards does not have, and what to use instead.
 
 A setting is refused by name, never ignored. Where TRL's default means what raywards does anyway,
 that value (`neutral`) is accepted, so that a script which spells the default out still runs.
@@ -61,9 +61,7 @@ REFUSED: dict[str, Refused] = {
     "fsdp": Refused(_ONE_BACKEND, (None, "", [])),
     "fsdp_config": Refused(_ONE_BACKEND, (None,)),
     "full_determinism": Refused(_NOT_YET, (False,)),
-    "greater_is_better": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "hub_always_push": Refused("`push_to_hub` uploads the export once, at the end.", (False,)),
-    "hub_revision": Refused("`push_to_hub` uploads to the main branch.", (None,)),
     "hub_strategy": Refused(
         "`push_to_hub` uploads the export once, at the end.", ("end", "every_save")
     ),
@@ -76,14 +74,12 @@ REFUSED: dict[str, Refused] = {
     ),
     "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
     "liger_kernel_config": Refused("Liger's RMSNorm and SwiGLU are used; leave it out.", (None,)),
-    "load_best_model_at_end": Refused("Keeping the best checkpoint is not built yet.", (False,)),
     "local_rank": Refused("Ray Train places the workers; set `num_workers`.", (-1,)),
     "log_level": Refused(_LOGS, ("passive",)),
     "log_level_replica": Refused(_LOGS, ("warning",)),
     "log_on_each_node": Refused(_LOGS, (True,)),
     "logging_nan_inf_filter": Refused("A loss that is not finite stops the run.", (True, False)),
     "logging_strategy": Refused("Use `logging_steps`.", ("steps",)),
-    "metric_for_best_model": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "neftune_noise_alpha": Refused("Noise in the embeddings is not supported.", (None,)),
     "optim": Refused(
         "AdamW (torch, fused) is the optimizer.", ("adamw_torch_fused", "adamw_torch")
@@ -96,13 +92,10 @@ REFUSED: dict[str, Refused] = {
     "pad_token": Refused("Pooling goes by position, so padding never changes a reward.", (None,)),
     "parallelism_config": Refused(_ONE_BACKEND, (None,)),
     "prediction_loss_only": Refused("Evaluation keeps sums, not predictions.", (False,)),
-    "project": Refused("raywards writes TensorBoard files and `metrics.jsonl`.", ("huggingface",)),
     "remove_unused_columns": Refused("Only the columns of a preference row are read.", (True,)),
-    "report_to": Refused(
-        "raywards writes TensorBoard files and `metrics.jsonl`; other trackers are not built yet.",
-        (None, "none", "tensorboard", [], ["none"], ["tensorboard"]),
+    "restore_callback_states_from_checkpoint": Refused(
+        "Callbacks live in the driver, and checkpoints do not hold their state.", (False,)
     ),
-    "restore_callback_states_from_checkpoint": Refused("There are no callbacks yet.", (False,)),
     "save_on_each_node": Refused("Checkpoints go to `storage_path`, once.", (False,)),
     "save_only_model": Refused(
         "A checkpoint must be resumable; the export has weights only.", (False,)
@@ -113,8 +106,50 @@ REFUSED: dict[str, Refused] = {
     "torch_compile_backend": Refused(_NOT_YET, (None,)),
     "torch_compile_mode": Refused(_NOT_YET, (None,)),
     "torch_empty_cache_steps": Refused(_NOT_YET, (None,)),
-    "trackio_bucket_id": Refused("Trackio is not built yet.", (None,)),
-    "trackio_space_id": Refused("Trackio is not built yet.", (None, "trackio")),
-    "trackio_static_space_id": Refused("Trackio is not built yet.", (None,)),
     "use_cache": Refused("Training keeps no key-value cache.", (False,)),
+}
+
+_OWN_LOOP = "The loop is `raywards/train/loop.py`; its losses are set by fields of `RewardConfig`."
+_OWN_OPTIMIZER = "AdamW and its schedule are set by fields of `RewardConfig`."
+_CALLBACKS = "Read `state.log_history` or `metrics.jsonl`; callbacks are not built yet."
+_PAIRS = "Pairs are planned over the whole cluster; `prepared/` in the run folder holds them."
+
+REFUSED_METHODS: dict[str, str] = {
+    "add_callback": _CALLBACKS,
+    "autocast_smart_context_manager": "Set `bf16`.",
+    "call_model_init": "Start one run for each model.",
+    "compute_loss": _OWN_LOOP,
+    "compute_loss_context_manager": _OWN_LOOP,
+    "create_accelerator_and_postprocess": "raywards trains with DeepSpeed, without accelerate.",
+    "create_model_card": "It is not built yet; `export/raywards.json` tells how a model was made.",
+    "create_optimizer": _OWN_OPTIMIZER,
+    "create_optimizer_and_scheduler": _OWN_OPTIMIZER,
+    "create_scheduler": _OWN_OPTIMIZER,
+    "evaluation_loop": "Call `evaluate()`.",
+    "floating_point_ops": "Take 6 x parameters x `num_tokens`.",
+    "get_batch_samples": _PAIRS,
+    "get_cp_size": "Context parallelism is not supported.",
+    "get_decay_parameter_names": "Weight decay is on matrices only, as in transformers.",
+    "get_eval_dataloader": _PAIRS,
+    "get_learning_rates": "`learning_rate` is in every record of `state.log_history`.",
+    "get_num_trainable_parameters": "Count the parameters of `model`.",
+    "get_optimizer_cls_and_kwargs": _OWN_OPTIMIZER,
+    "get_optimizer_group": _OWN_OPTIMIZER,
+    "get_sp_size": "Sequence parallelism is not supported.",
+    "get_test_dataloader": _PAIRS,
+    "get_total_train_batch_size": "Multiply `per_device_train_batch_size`, "
+    "`gradient_accumulation_steps` and `num_workers`.",
+    "get_tp_size": "Tensor parallelism is not supported.",
+    "get_train_dataloader": _PAIRS,
+    "hyperparameter_search": "Start one run for each setting, each with its own `output_dir`.",
+    "init_hf_repo": "`push_to_hub()` makes the repository.",
+    "log": "Append to `state.log_history`.",
+    "num_examples": "`train()` returns `num_pairs`.",
+    "pop_callback": _CALLBACKS,
+    "predict": "Use `Scorer` on the export.",
+    "prediction_step": "Use `Scorer` on the export.",
+    "remove_callback": _CALLBACKS,
+    "set_initial_training_values": _OWN_LOOP,
+    "store_flos": "Take 6 x parameters x `num_tokens`.",
+    "training_step": _OWN_LOOP,
 }

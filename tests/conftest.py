@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
+    TRACKIO_DIR=str(Path(tempfile.gettempdir()) / "raywards-tests-trackio"),
 )
 os.environ.pop("RAY_ADDRESS", None)  # never somebody's cluster
 # DeepSpeed runs `ninja` from PATH, also where pytest was started without activating .venv.

@@ -16,7 +16,6 @@ from tiny import tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import read_manifest
-from raywards.errors import CheckpointError, ConfigError
 
 pytestmark = pytest.mark.trains
 
@@ -61,55 +60,36 @@ def test_the_reward_script_of_trl_runs_with_its_imports_changed(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Training completed" in done.stderr
     assert "eval_accuracy" in (tmp_path / "out" / "metrics.jsonl").read_text()
-    read_manifest(tmp_path / "out", kind="export")  # the script's save_model(output_dir)
+    manifest = read_manifest(tmp_path / "out", kind="export")  # the script's save_model(output_dir)
+    assert "README.md" in manifest["files"]
     Scorer.from_pretrained(tmp_path / "out").verify()
 
 
-def test_push_to_hub_uploads_the_finished_export(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_metrics_and_state_are_logged_and_saved_as_scripts_of_transformers_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The hub itself cannot be reached from a test: its client is replaced."""
-    import huggingface_hub
-
-    uploads = []
-
-    class Hub:
-        def __init__(self, token: str | None) -> None:
-            self.token = token
-
-        def create_repo(self, name: str, *, private: bool | None, exist_ok: bool) -> object:
-            assert exist_ok
-            return type("Repo", (), {"repo_id": f"me/{name}"})
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-            uploads.append(
-                (self.token, repo_id, sorted(p.name for p in Path(folder_path).iterdir()))
-            )
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     model = tiny_qwen2(tmp_path / "model", num_labels=None)
     trainer = RewardTrainer(
         str(model),
         RewardConfig(
-            output_dir=str(tmp_path / "my-rm"),
-            num_workers=0,
-            use_cpu=True,
-            bf16=False,
-            max_steps=1,
-            hub_token="secret",
-            push_to_hub=True,
+            output_dir=str(tmp_path / "out"), num_workers=0, use_cpu=True, bf16=False, max_steps=2,
             disable_tqdm=True,
         ),
         train_dataset=datasets.Dataset.from_list(conversation_rows(8)),
-    )
-    with pytest.raises(CheckpointError, match="no export yet"):
-        trainer.push_to_hub()
-    trainer.train()
-    [(token, repo, files)] = uploads
-    assert (token, repo) == ("secret", "me/my-rm")
-    assert {"model.safetensors", "config.json", "raywards.json"} <= set(files)
-    assert "secret" not in (tmp_path / "my-rm" / "run.json").read_text()
-    assert "secret" not in (tmp_path / "my-rm" / "export" / "raywards.json").read_text()
-    with pytest.raises(ConfigError, match="blocking"):
-        trainer.push_to_hub(blocking=True)
+        eval_dataset=datasets.Dataset.from_list(conversation_rows(4, seed=1)),
+    )  # fmt: skip
+    result = trainer.train()
+    assert trainer.is_world_process_zero()
+    for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    trainer.save_state()
+    assert "eval_accuracy" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert saved["train_loss"] == result.training_loss
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["log_history"] == trainer.state.log_history
+    with pytest.raises(AttributeError, match="Use `Scorer` on the export"):
+        trainer.predict(None)
+    with pytest.raises(AttributeError, match="no such name"):
+        _ = trainer.perdict

@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from raywards.train.callbacks import Callbacks
+
 logger = logging.getLogger(__name__)
 
 _SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
@@ -24,9 +26,10 @@ _SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
 class RunLog:
     """Records of one run, kept by the process that called `train()`."""
 
-    def __init__(self, path: Path, *, show_progress: bool) -> None:
+    def __init__(self, path: Path, callbacks: Callbacks, *, show_progress: bool) -> None:
         self.path = path
-        self.history: list[dict[str, Any]] = _read(path)
+        self.callbacks = callbacks
+        self.history: list[dict[str, Any]] = read_history(path)
         self.first_step = 0
         self.finished: dict[str, Any] | None = None
         self._show = show_progress
@@ -35,7 +38,16 @@ class RunLog:
         self._started = time.monotonic()
 
     def take(self, kind: str, record: dict[str, Any]) -> None:
-        """One message from rank 0: "start", "tick", "log", "note" or "finish"."""
+        """Keep one message from rank 0 and tell the callbacks."""
+        self.keep(kind, record)
+        self.tell(kind, record)
+
+    def tell(self, kind: str, record: dict[str, Any]) -> None:
+        """Tell the callbacks of a message. Raises what they raise."""
+        self.callbacks.take(kind, record, self.history)
+
+    def keep(self, kind: str, record: dict[str, Any]) -> None:
+        """Keep one message: "start", "tick", "log", "epoch", "save", "note" or "finish"."""
         if kind == "start":
             self._start(record)
         elif kind == "log":
@@ -51,15 +63,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # a full disk, of which the run itself has told
+                logger.warning("the TensorBoard files end early: %s", error)
 
     def _start(self, record: dict[str, Any]) -> None:
-        """An attempt begins at `step`: what was logged beyond it belongs to lost work."""
+        """An attempt begins at `step`: its `history` is the lineage, and what was logged beyond it
+        belongs to lost work."""
         self.first_step, total = record["step"], record["total"]
-        if self.first_step == 0:
-            self.history = []
         lost = [entry for entry in self.history if entry["step"] > self.first_step]
-        self.history = [entry for entry in self.history if entry["step"] <= self.first_step]
+        self.history = list(record["history"])
         self._rewrite()
         self._open_board()
         self._started = time.monotonic()
@@ -134,7 +148,8 @@ def _tag(name: str) -> str:
     return f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; none where there is no such file."""
     if not path.is_file():
         return []
     records = []

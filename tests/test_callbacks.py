@@ -1,0 +1,291 @@
+"""Callbacks and trackers: which events come, what a callback may ask for, what is refused."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sqlite3
+import uuid
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import transformers
+from preferences_data import conversation_rows
+from safetensors.torch import load_file
+from tiny import tiny_qwen2
+from transformers import TrainerCallback
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
+
+from raywards import RewardConfig, RewardTrainer
+from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.errors import ConfigError
+from raywards.train import callbacks as module
+from raywards.train.callbacks import EVENTS
+
+pytestmark = pytest.mark.trains
+
+ROWS = conversation_rows(45)
+HELD_OUT = conversation_rows(9, seed=1)
+STEPS = 12  # two epochs of 45 pairs in batches of 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_qwen2(tmp_path_factory.mktemp("model"), num_labels=None)
+
+
+SETTINGS: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "logging_steps": 4,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "disable_tqdm": True,
+}
+
+
+def trainer(
+    model: Path, output: Path, callbacks: list[Any] | None = None, **changes: Any
+) -> RewardTrainer:
+    ours = {"num_workers": 0, "deepspeed": 0, "output_dir": str(output)}
+    return RewardTrainer(
+        str(model),
+        RewardConfig(**SETTINGS | ours | changes),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset=datasets.Dataset.from_list(HELD_OUT),
+        callbacks=callbacks,
+    )
+
+
+class Recorder(TrainerCallback):
+    """Every event that raywards has, with what it was told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int, float]] = []
+        self.logs: list[dict[str, Any]] = []
+        self.metrics: list[dict[str, Any]] = []
+        self.about: list[tuple[Any, ...]] = []
+
+    def note(self, event: str, args: Any, state: Any, kwargs: dict[str, Any]) -> None:
+        if "train_runtime" in kwargs.get("logs", {}):
+            return  # transformers' last record, which raywards returns from train() alone
+        self.events.append((event, state.global_step, round(state.epoch or 0, 6)))
+        self.logs += [kwargs["logs"]] if "logs" in kwargs else []
+        self.metrics += [kwargs["metrics"]] if "metrics" in kwargs else []
+        self.about.append(
+            (args.learning_rate, args.run_name, state.max_steps, state.num_train_epochs,
+             state.is_world_process_zero, len(state.log_history))
+        )  # fmt: skip
+
+
+def recording(event: str) -> Any:
+    def method(self: Recorder, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.note(event, args, state, kwargs)
+
+    return method
+
+
+for _event in EVENTS:
+    setattr(Recorder, _event, recording(_event))
+
+
+def test_events_come_as_in_trl(model: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    theirs, ours = Recorder(), Recorder()
+    trl.RewardTrainer(
+        str(model),
+        trl.RewardConfig(output_dir=str(tmp_path / "trl"), report_to="none", **SETTINGS),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset=datasets.Dataset.from_list(HELD_OUT),
+        callbacks=[theirs],
+    ).train()
+    run = trainer(model, tmp_path / "ours", [ours])
+    run.train()
+
+    assert ours.events == theirs.events
+    assert [event for event, *_ in ours.events] == [
+        "on_init_end",
+        "on_train_begin",
+        *("on_epoch_begin", "on_log", "on_epoch_end", "on_log", "on_evaluate", "on_save"),
+        *("on_epoch_begin", "on_log", "on_log", "on_epoch_end", "on_log", "on_evaluate", "on_save"),
+        "on_train_end",
+    ]
+    history = [
+        {name: value for name, value in record.items() if name != "step"}
+        for record in run.state.log_history
+    ]
+    assert ours.logs == history
+    assert ours.metrics == [record for record in history if "eval_loss" in record]
+    assert ours.about[-1] == (1e-3, "ours", STEPS, 2, True, len(history))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Path) -> None:
+    quiet = {"eval_strategy": "no", "save_strategy": "no", "logging_steps": 1}
+    stopped = trainer(model, tmp_path / "run", [StopAt(5)], **quiet)
+    assert stopped.train().global_step == 5
+    assert read_manifest(stopped.paths.export, kind="export")["training"]["step"] == 5
+    [checkpoint] = complete_checkpoints(stopped.paths.run)
+    assert read_manifest(checkpoint, kind="checkpoint")["step"] == 5
+
+    continued = trainer(model, tmp_path / "run", **quiet)
+    assert continued.train().global_step == STEPS
+    assert [record["step"] for record in continued.state.log_history] == list(range(1, STEPS + 1))
+    whole = trainer(model, tmp_path / "whole", **quiet)
+    whole.train()
+    left, right = (load_file(run.paths.export / "model.safetensors") for run in (continued, whole))
+    assert all(left[name].equal(right[name]) for name in left)
+
+
+class Fails(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 8:
+            raise KeyError("a mistake of the callback's own")
+
+
+def test_what_a_callback_raises_ends_the_run(model: Path, tmp_path: Path) -> None:
+    run = trainer(model, tmp_path / "run", [Fails])
+    with pytest.raises(KeyError, match="a mistake of the callback's own"):
+        run.train()
+    assert not run.paths.export.exists()
+    assert len(complete_checkpoints(run.paths.run)) == 1  # of the first epoch
+    run.remove_callback(Fails)
+    recorder = Recorder()
+    run.add_callback(recorder)
+    run.train()
+    assert recorder.events[0] == ("on_train_begin", 6, 1.0)
+    steps = [record["step"] for record in run.state.log_history]
+    assert steps == [4, 6, 8, 12, 12]
+
+
+def test_evaluate_is_an_event_too(model: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    metrics = trainer(model, tmp_path / "run", [recorder]).evaluate()
+    assert [event for event, *_ in recorder.events] == ["on_init_end", "on_log", "on_evaluate"]
+    assert recorder.metrics == [metrics]
+
+
+class Saves(TrainerCallback):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        control.should_save = True
+        return control
+
+
+def test_a_flag_without_effect_is_told(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(model, tmp_path / "run", [Saves], max_steps=6, save_strategy="no")
+    run.train()
+    [text] = [record.getMessage() for record in caplog.records if "should_" in record.getMessage()]
+    assert text == (
+        "a callback set control.should_save in on_epoch_end, which has no effect: use "
+        "save_strategy and save_steps"
+    )
+
+
+class EachStep(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None: ...
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None: ...
+
+
+REFUSED = [
+    ([EachStep()], "EachStep defines on_optimizer_step, on_step_end, which would never be called"),
+    ([EachStep], "Events are on_init_end, on_train_begin"),
+    ([transformers.ProgressCallback], "ProgressCallback defines on_step_end"),
+    ([transformers.EarlyStoppingCallback(3)], "set early_stopping_patience"),
+    ([print], "is not a transformers.TrainerCallback"),
+    (Recorder(), "expected a list of callbacks, got Recorder"),
+]
+
+
+@pytest.mark.parametrize(("callbacks", "told"), REFUSED)
+def test_a_callback_that_cannot_work_is_refused(
+    model: Path, tmp_path: Path, callbacks: Any, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        trainer(model, tmp_path, callbacks)
+    if isinstance(callbacks, list):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            trainer(model, tmp_path).add_callback(callbacks[0])
+
+
+# ---------------------------------------------------------------- trackers
+
+
+def test_trackio_is_told_all_that_is_logged(model: Path, tmp_path: Path) -> None:
+    project = uuid.uuid4().hex
+    report = {"report_to": ["trackio", "tensorboard"], "project": project, "hub_token": "s3c"}
+    run = trainer(model, tmp_path / "run", **report)
+    run.train()
+    # The folder was set in conftest.py: trackio reads it when it is imported.
+    with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db") as database:
+        rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
+        [[config]] = database.execute("select config from configs").fetchall()
+    assert len(rows) == len(run.state.log_history) == 5
+    for (name, metrics), record in zip(rows, run.state.log_history, strict=True):
+        assert name == "run"
+        told = json.loads(metrics)
+        assert told.pop("train/global_step") == record["step"]
+        kinds = {f"{'eval/' if n.startswith('eval_') else 'train/'}{n.removeprefix('eval_')}": v
+                 for n, v in record.items() if n != "step"}  # fmt: skip
+        kinds["train/epoch"] = record["epoch"]
+        assert told == pytest.approx(kinds)
+    assert json.loads(config)["learning_rate"] == 1e-3
+    assert "s3c" not in str(config)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named_at_once(
+    name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(ConfigError, match=f"report_to: {name} is not installed.*pip install"):
+        trainer(model, tmp_path, report_to=name)
+    trainer(model, tmp_path, report_to="all")  # all that are installed: none
+
+
+@pytest.mark.parametrize("variable", ["WANDB_LOG_MODEL", "WANDB_WATCH", "HF_MLFLOW_LOG_ARTIFACTS"])
+def test_a_tracker_that_wants_the_weights_is_refused(
+    variable: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=f"{variable}=true: the weights are with the workers"):
+        trainer(model, tmp_path, report_to="trackio")
+
+
+def test_all_that_the_trackers_of_transformers_read_is_there(model: Path, tmp_path: Path) -> None:
+    """W&B and MLflow are too large to install for a test: their callbacks are read instead."""
+    handler = trainer(model, tmp_path / "run").callback_handler
+    # Behind WANDB_LOG_MODEL, which is refused.
+    elsewhere = {"load_best_model_at_end", "metric_for_best_model"}
+    for cls in (WandbCallback, MLflowCallback, TrackioCallback):
+        source = inspect.getsource(cls)
+        for owner, thing in (("args", handler.args), ("state", handler.state)):
+            names = set(re.findall(rf"(?<![\w.]){owner}\.(\w+)", source)) - elsewhere
+            assert names, cls
+            for name in names:
+                getattr(thing, name)
+        idle = {"__init__": lambda self: None, "__del__": lambda self: None}
+        handler.add_callback(type(cls.__name__, (cls,), idle))
+    assert handler.args.to_dict()["num_train_epochs"] == 2
+    assert json.loads(handler.args.to_json_string()) == handler.args.to_dict()
+    assert all(
+        isinstance(value, (bool, int, float, str))
+        for value in handler.args.to_sanitized_dict().values()
+    )
+    assert handler.model.config.num_labels == 1
