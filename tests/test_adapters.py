@@ -245,7 +245,7 @@ def test_workers_get_base_and_adapter_of_a_peft_model(model: Path, tmp_path: Pat
 def test_two_workers_train_adapters_as_one_process_does(
     model: Path, tmp_path: Path, kind: str
 ) -> None:
-    config = lora(use_dora=True)
+    config = lora(use_dora=True, task_type="SEQ_CLS")
     given = {"config": model, "object": peft_model(model, config)}[kind]
     extra: dict[str, Any] = {"peft_config": config} if kind == "config" else {}
     two = runs.train(
