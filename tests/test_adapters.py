@@ -26,7 +26,7 @@ from raywards.checkpoint import complete_checkpoints
 from raywards.cli import main
 from raywards.errors import ConfigError, TrainingError
 from raywards.model import RewardModel, disable_dropout
-from raywards.train import worker
+from raywards.train import start
 from raywards.train.adapters import Adapters, attach, check_peft_config, classifier_in
 
 pytestmark = pytest.mark.trains
@@ -234,7 +234,7 @@ def test_workers_get_base_and_adapter_of_a_peft_model(
     with pytest.raises(TrainingError, match="without an export"):
         runs.train(adapted, tmp_path / "run", num_workers=2)
     job = pickle.loads(sent[0])
-    inner, adapters = worker.load_model(job, stage=0)
+    inner, adapters = start.load_model(job, stage=0)
     assert adapters is not None
     with classifier_in(adapted) as ours:
         expected = dict(ours.named_parameters())

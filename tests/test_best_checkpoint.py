@@ -24,8 +24,8 @@ from raywards.checkpoint import complete_checkpoints, read_manifest, write_manif
 from raywards.errors import CheckpointError, ConfigError
 from raywards.evaluation import FIGURES, figures
 from raywards.train.best import Goal
+from raywards.train.job import State
 from raywards.train.storage import remove_cut_off, retain
-from raywards.train.worker import State
 
 ROWS = conversation_rows(45)
 # Every third pair is the wrong way round, so a model that grows surer gets worse in time.

@@ -21,9 +21,9 @@ import torch
 
 from raywards import RewardTrainer
 from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.train.job import Job
 from raywards.train.loop import train
 from raywards.train.storage import checkpoint_of, complete, move_part
-from raywards.train.worker import Job
 
 NUM_RANKS = 2
 

@@ -15,8 +15,10 @@ from raywards.checkpoint import read_manifest
 from raywards.config import RewardConfig
 from raywards.errors import CheckpointError, ConfigError, did_you_mean
 from raywards.evaluation import FIGURES
+from raywards.train.job import State
+from raywards.train.saving import load_engine
 from raywards.train.table import PairTable
-from raywards.train.worker import State, Worker, load_engine
+from raywards.train.worker import Worker
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import transformers
 
 from raywards.config import HUGE_PAGES, RewardConfig, worker_range
 from raywards.errors import ConfigError, RaywardsError, TrainingError
+from raywards.train.job import Job
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
 from raywards.train.session import RaySession, Word
-from raywards.train.worker import Job
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,15 @@ from raywards.objectives import Judged, build_objective
 from raywards.packing import PackedRow, pack_groups
 from raywards.settle import settle_path
 from raywards.train.best import Goal, check_best_is_there, load_best
+from raywards.train.export import export
+from raywards.train.job import Job
 from raywards.train.rows import EVALUATION_TOKENS, Rows
+from raywards.train.saving import resume, save
 from raywards.train.session import Session
 from raywards.train.stops import remember, update
 from raywards.train.table import PairTable
 from raywards.train.tuning import offloading
-from raywards.train.worker import Job, Worker, export, open_worker, resume, save
+from raywards.train.worker import Worker, open_worker
 
 _TICK_S = 0.5
 _EVALUATED_AT_ONCE = 2048

@@ -16,7 +16,8 @@ from torch.distributed import ReduceOp
 
 from raywards.errors import NonFiniteError
 from raywards.metrics import Metrics
-from raywards.train.worker import Worker, random_state, save, set_random_state
+from raywards.train.saving import random_state, save, set_random_state
+from raywards.train.worker import Worker
 
 _ROWS_NAMED = 5
 

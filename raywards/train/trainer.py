@@ -56,6 +56,7 @@ from raywards.train.best import Goal
 from raywards.train.callbacks import Callbacks
 from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
 from raywards.train.finished import FinishedRun
+from raywards.train.job import Job
 from raywards.train.loop import evaluate_alone, train
 from raywards.train.prepare import EncodeSettings, Prepared, prepare, weigh
 from raywards.train.runfolder import (
@@ -67,9 +68,9 @@ from raywards.train.runfolder import (
 )
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
+from raywards.train.start import may_be_half
 from raywards.train.storage import checkpoint_of
 from raywards.train.tuning import check_cheaper, check_quantised
-from raywards.train.worker import Job, may_be_half
 from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
 from raywards.trl_fields import REFUSED_METHODS
 

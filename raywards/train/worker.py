@@ -1,109 +1,47 @@
-"""A worker's engine and data: built, brought back from a checkpoint, saved, exported.
-
-What is done with them, step by step, is in `loop`.
-"""
+"""A worker's engine and data, built: what is done with them, step by step, is in `loop`."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import logging
 import math
-import random
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import numpy
 import torch
 import transformers
-from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, get_scheduler
+from transformers import get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
 
-import raywards
-from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
-from raywards.config import RewardConfig, RunPaths, attribute_weights
-from raywards.errors import CheckpointError, ConfigError, NonFiniteError
-from raywards.heads import FILE, describe_heads, fold_heads, widen_head
-from raywards.loader import check_reward_model, create_model_from_path, grow_vocabulary
+from raywards.config import RewardConfig
+from raywards.errors import ConfigError, NonFiniteError
 from raywards.metrics import Metrics
-from raywards.model import RewardModel, disable_dropout
+from raywards.model import RewardModel
 from raywards.objectives import build_objective
 from raywards.packing import TrainPlan
-from raywards.rendering import Rendering
 from raywards.settle import settle_path
-from raywards.train.adapters import Adapters, attach, is_adapted, load_adapter
-from raywards.train.reshard import load_resharded, resharded
+from raywards.train.adapters import Adapters
+from raywards.train.job import Job, State
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
-from raywards.train.runfolder import checkpoint_settings, refuse_other_run
 from raywards.train.session import Session
-from raywards.train.storage import checkpoint_name, writing
+from raywards.train.start import (
+    asked_dtype,
+    hidden_size,
+    load_model,
+    prepare_model,
+    refuse_without_master_weights,
+)
 from raywards.train.table import PairTable
 from raywards.train.tuning import (
     apply_liger,
-    freeze,
-    load_trained,
-    load_untrained,
-    prepare_quantised,
-    with_trained,
 )
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
-
-_TAG = "engine"
-_LOG = "metrics.jsonl"
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a worker is told. Made by `RewardTrainer`; plain values, so it can be pickled."""
-
-    config: RewardConfig = field(repr=False)
-    paths: RunPaths
-    model: Any
-    """A folder or hub id; with `num_workers=0` it may be the model itself."""
-    model_kwargs: dict[str, Any] = field(repr=False)  # may hold a token; Ray keeps a job's repr
-    rendering: Rendering
-    train: Path
-    """Prepared folder."""
-    evals: dict[str, Path]
-    """Prepared folders by the prefix of their metrics."""
-    settings: dict[str, Any]
-    """What must not change while the run is continued (`runfolder.fixed_settings`)."""
-    about: dict[str, Any]
-    """What the export's manifest says of the run."""
-    last_ids: list[int]
-    may_stop: bool = False
-    """Whether a callback may ask the run to stop; the ranks then agree on it after each step."""
-    mixture: tuple[tuple[int, float], ...] = ()
-    """Pairs and weight of each source, where some weigh other than 1."""
-    peft: Any = None
-    """A `peft.LoraConfig`: adapters to put into the model."""
-    adapter: Path | None = None
-    """A peft folder: the adapter that the model came with."""
-    untrained: str | None = None
-    """Folder or hub id of the model without adapters, where some of its weights are not trained:
-    these are not in checkpoints, and the export takes them from there."""
-
-
-@dataclass
-class State:
-    """Where a run stands: all of it is in a checkpoint."""
-
-    step: int = 0
-    num_pairs: int = 0
-    num_tokens: int = 0
-    best_metric: float | None = None
-    best_step: int | None = None
-    evaluations_without_improvement: int = 0
 
 
 @dataclass
@@ -190,7 +128,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         bf16=bf16,
     )
     if not on_gpu:  # on GPUs DeepSpeed does without this op
-        build_ops(say=lambda text: _note(session, text))
+        build_ops(say=lambda text: note(session, text))
     deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
 
     transformers.set_seed(config.seed)
@@ -199,7 +137,7 @@ def build_worker(job: Job, session: Session) -> Worker:
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner, adapters = load_model(job, stage_of(settings))
     if adapters is not None:
-        _note(session, adapters.in_words())
+        note(session, adapters.in_words())
     refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
     if config.use_liger_kernel:
@@ -252,107 +190,11 @@ def build_worker(job: Job, session: Session) -> Worker:
     )
 
 
-def _note(session: Session, text: str) -> None:
+def note(session: Session, text: str) -> None:
+    """Say something to the person who watches the run."""
     if session.rank == 0:
         session.send("note", {"text": text})
     logger.info("%s", text)
-
-
-def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
-    """The transformers classifier, whole on every rank or partitioned under ZeRO-3, and the
-    adapters in it."""
-    model = job.model
-    if isinstance(model, str):
-        model = create_model_from_path(
-            model,
-            AutoModelForSequenceClassification,
-            num_labels=1,
-            device_map=None,
-            **job.model_kwargs,
-        )
-    fit_vocabulary(model, job)
-    if attributes := attribute_weights(job.config):
-        widen_head(model, attributes, job.config.seed)
-    if "quantization_config" in job.model_kwargs:
-        prepare_quantised(model)
-    if job.config.freeze:
-        freeze(model, job.config.freeze)
-    if job.adapter is not None:
-        model = load_adapter(model, job.adapter, cast_adapters=stage < 3)
-    elif job.peft is not None:
-        model = attach(model, job.peft, seed=job.config.seed, cast_adapters=stage < 3)
-    if not is_adapted(model):
-        return model, None
-    adapters = Adapters(model)
-    if stage == 0:  # there the weights are their own masters
-        for parameter in adapters.inner.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return adapters.inner, adapters
-
-
-def fit_vocabulary(model: Any, job: Job) -> None:
-    """Give the model the closing token, and tokens, that the settings bring with them."""
-    if job.config.chat_template_path is None and job.config.eos_token is None:
-        return
-    size = model.get_input_embeddings().num_embeddings
-    grow_vocabulary(model, job.rendering.tokenizer)
-    if job.untrained is not None and model.get_input_embeddings().num_embeddings > size:
-        raise ConfigError(
-            "chat_template_path: its tokenizer has tokens that the model lacks, and their new "
-            "embeddings would not be trained beside adapters or under freeze. Train all weights, "
-            "or give a .jinja file."
-        )
-
-
-def hidden_size(job: Job) -> int:
-    """Known before the model is there: ZeRO-3's sizes follow from it."""
-    if isinstance(job.model, str):
-        config = check_reward_model(job.model, job.model_kwargs)
-    else:
-        config = job.model.config
-    return int(config.get_text_config().hidden_size)
-
-
-def may_be_half(model: Any, model_kwargs: Mapping[str, Any]) -> bool:
-    """Whether a model is, or may be, loaded in another type than fp32."""
-    if not isinstance(model, str):
-        return bool(model.dtype != torch.float32)
-    asked = model_kwargs.get("torch_dtype") or model_kwargs.get("dtype", "float32")
-    return asked not in ("float32", torch.float32)
-
-
-def asked_dtype(job: Job, inner: Any) -> torch.dtype:
-    """The type the weights were asked for in, which is the export's. DeepSpeed casts them itself:
-    ZeRO-3 already while they are loaded."""
-    asked = job.model_kwargs.get("torch_dtype") or job.model_kwargs.get("dtype", "float32")
-    if asked in (None, "auto"):
-        asked = inner.config.dtype or inner.dtype
-    return asked if isinstance(asked, torch.dtype) else getattr(torch, str(asked))
-
-
-def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
-    """Weights of 8 or 11 significant bits do not move under small updates."""
-    trained = {p.dtype for p in inner.parameters() if p.requires_grad}
-    if trained != {torch.float32} and bf16 and stage == 0:
-        raise ConfigError(
-            f"ZeRO stage 0 trains the weights as they are loaded, in "
-            f"{str(inner.dtype).removeprefix('torch.')}: there would be no fp32 masters. Load them "
-            "in float32, or use stage 1 to 3."
-        )
-    if inner.dtype != torch.float32 and not bf16:
-        raise ConfigError(
-            f"bf16=False with weights loaded in {str(inner.dtype).removeprefix('torch.')}: they "
-            "would be updated without fp32 masters. Set bf16=True, or load them in float32."
-        )
-
-
-def prepare_model(inner: Any, config: RewardConfig) -> None:
-    """Dropout, checkpointing and cache as the settings say."""
-    inner.config.use_cache = False
-    if config.disable_dropout:
-        disable_dropout(inner)
-    inner.train()
 
 
 def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Session) -> Rows:
@@ -397,7 +239,7 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
         if checkpointing.get("use_reentrant") and not _embeddings_trained(model.inner):
             model.inner.enable_input_require_grads()  # else no gradient leaves a reentrant layer
     path = "padded" if padded else model.path
-    _note(session, f"The model takes {path} rows. {fit.in_words()}")
+    note(session, f"The model takes {path} rows. {fit.in_words()}")
     return Rows(padded, fit.max_tokens, model.window)
 
 
@@ -434,201 +276,3 @@ def warmup_steps(config: RewardConfig, total_steps: int) -> int:
     """Steps of warm-up: a number, or a share of all steps below 1."""
     given = config.warmup_steps
     return math.ceil(given * total_steps) if given < 1 else int(given)
-
-
-# ---------------------------------------------------------------- checkpoint, export
-
-
-def save(worker: Worker) -> None:
-    """Write this rank's part of a checkpoint and hand it over. A collective."""
-    session, state = worker.session, worker.state
-    name = checkpoint_name(state.step, session.attempt)
-    folder = session.scratch(name)
-    try:
-        with writing(folder):
-            _write_part(worker, folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    session.commit(folder, name, best_step=state.best_step)
-    worker.saved_step = state.step
-    if session.rank == 0:
-        session.send("save", {"step": state.step, "checkpoint": name})
-
-
-def _write_part(worker: Worker, folder: Path) -> None:
-    session, state = worker.session, worker.state
-    window = worker.metrics.gather_on_first_rank(session.rank)
-    client_state = {"raywards": {**dataclasses.asdict(state), "window": window}}
-    worker.engine.save_checkpoint(
-        str(folder),
-        tag=_TAG,
-        client_state=client_state,
-        exclude_frozen_parameters=worker.job.untrained is not None,
-    )
-    torch.save(random_state(session.device), folder / f"random-{session.rank}.pt")
-
-    if session.rank == 0:
-        # The driver may die before it has fetched the last ones.
-        lines = (json.dumps(record) + "\n" for record in worker.history)
-        (folder / _LOG).write_text("".join(lines), encoding="utf-8")
-    parts: list[Any] = [None] * session.world_size
-    torch.distributed.all_gather_object(parts, list_files(folder))
-    files = {file: size for part in parts for file, size in part.items()}
-    if session.rank == 0:
-        content = {
-            "kind": "checkpoint",
-            "raywards": raywards.__version__,
-            "settings": worker.job.settings,
-            "num_ranks": session.world_size,
-            **dataclasses.asdict(state),
-        }
-        write_manifest(folder, content, files)
-
-
-def resume(worker: Worker) -> State:
-    """Bring engine, counters and random state to the newest checkpoint, if there is one."""
-    with worker.session.resume_from() as folder:
-        if folder is None:
-            return worker.state
-        manifest = read_manifest(folder, kind="checkpoint")
-        check_fits(folder, manifest, worker)
-        saved = dict(load_engine(worker, folder, manifest)["raywards"])
-        worker.metrics.restore(saved.pop("window"), worker.session.rank)
-        worker.state = State(**saved)
-        worker.saved_step = worker.state.step
-        if worker.session.rank == 0:
-            lines = (folder / _LOG).read_text(encoding="utf-8").splitlines()
-            worker.history = [json.loads(line) for line in lines]
-        file = folder / f"random-{worker.session.rank}.pt"
-        if file.is_file():
-            set_random_state(torch.load(file, weights_only=False), worker.session.device)
-        else:  # of a rank that was not there: its dropout starts from a seed of its own
-            own = 7919 * worker.state.step + worker.session.rank
-            transformers.set_seed((worker.job.config.seed + own) % 2**32)
-    return worker.state
-
-
-def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights, optimizer and schedule of a checkpoint, written by any number of ranks.
-
-    A collective. Returns what `save` handed DeepSpeed besides.
-    """
-    engine, session = worker.engine, worker.session
-    stage = engine.zero_optimization_stage()
-    if stage == 0 or manifest["num_ranks"] == session.world_size:
-        path, client_state = engine.load_checkpoint(
-            str(folder),
-            tag=_TAG,
-            custom_load_fn=None if worker.job.untrained is None else load_trained,
-        )
-    else:
-        _note(
-            session,
-            f"{folder.name} is of {manifest['num_ranks']} workers and there are "
-            f"{session.world_size} now: its ZeRO-{stage} shards are converted.",
-        )
-        with resharded(folder / _TAG, worker.job.paths.run, session.rank) as converted:
-            path, client_state = load_resharded(engine, converted)
-    if path is None:
-        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
-    return dict(client_state)
-
-
-def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
-    """Refuse a checkpoint of another run: to go on would train something nobody asked for."""
-    theirs = checkpoint_settings(folder, manifest)
-    refuse_other_run(f"{folder}: is", theirs, worker.job.settings)
-
-
-def export(worker: Worker, held: State) -> None:
-    """Write the Hugging Face folder to score with, from full-precision weights. A collective.
-
-    `held` is where the run stood with the weights that the engine holds: at its end or its best.
-    """
-    job, rank = worker.job, worker.session.rank
-    inner = worker.engine.module.inner
-    partly = job.untrained is not None
-    weights = dict(full_weights(inner, keep=rank == 0, trained_only=partly))
-    # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
-    unset_hf_deepspeed_config()
-    if rank == 0:
-        about = {**job.about, **dataclasses.asdict(held), "last_step": worker.state.step}
-        beside = {}
-        if attributes := attribute_weights(job.config):
-            beside = {FILE: describe_heads(weights, attributes)}
-            weights = fold_heads(weights, attributes)
-        if partly:
-            inner, weights = complete(worker, weights)
-        with writing(job.paths.export):
-            manifest = export_model(
-                inner,
-                weights,
-                job.rendering,
-                job.paths.export,
-                dtype=worker.export_dtype,
-                training=about,
-                last_ids=job.last_ids,
-                beside=beside,
-            )
-        worker.session.send(
-            "finish",
-            {
-                **dataclasses.asdict(worker.state),
-                "export": str(job.paths.export),
-                "exported_step": held.step,
-                "bounds": manifest["bounds"],
-            },
-        )
-    torch.distributed.barrier()
-
-
-def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The whole model and its state dict, where some weights alone were trained. On rank 0."""
-    job = worker.job
-    assert job.untrained is not None
-    base = load_untrained(job.untrained, job.model_kwargs)
-    fit_vocabulary(base, job)
-    if worker.adapters is None:
-        return base, with_trained(base, trained)
-    merged = worker.adapters.merge(
-        base.float(), trained, job.paths.adapter, base_name=job.about["base_model"]
-    )
-    return merged, merged.state_dict()
-
-
-def full_weights(
-    inner: Any, *, keep: bool, trained_only: bool = False
-) -> Iterator[tuple[str, Tensor]]:
-    """The state dict with master weights, one tensor at a time. A collective; `keep` on rank 0."""
-    by_name = dict(inner.named_parameters(remove_duplicate=False))
-    for name, value in inner.state_dict(keep_vars=True).items():
-        if trained_only and not value.requires_grad:
-            continue
-        full = value.detach()
-        if name in by_name:
-            master = safe_get_full_fp32_param(by_name[name]) if value.requires_grad else None
-            if master is not None:
-                full = master
-            else:
-                with deepspeed.zero.GatheredParameters([by_name[name]]):
-                    full = by_name[name].detach().clone()
-        if keep:
-            yield name, full.to("cpu", copy=True)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-    }
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -42,7 +42,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 import raywards
 from raywards.errors import ConfigError, ModelError
-from raywards.packing import TrainPlan, pack_pairs
+from raywards.packing import TrainPlan, pack_groups
 from raywards.train.table import PairTable
 
 pytestmark = pytest.mark.trains
@@ -532,7 +532,7 @@ def test_a_packed_row_holds_what_trl_collates(case: str, multiple: int | None, p
     """TRL lays all chosen above all rejected; a packed row has pair by pair."""
     examples = EXAMPLES[case]
     theirs = DataCollatorForPreference(pad_token_id=pad_id, pad_to_multiple_of=multiple)(examples)
-    row = pack_pairs([e["chosen_ids"] for e in examples], [e["rejected_ids"] for e in examples])
+    row = pack_groups([[e["chosen_ids"], e["rejected_ids"]] for e in examples])
     ours = row.padded(pad_id)
     order = [*range(0, 2 * len(examples), 2), *range(1, 2 * len(examples), 2)]
     length = ours.input_ids.shape[1]
