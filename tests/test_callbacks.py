@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sqlite3
 import uuid
 from pathlib import Path
@@ -289,3 +290,28 @@ def test_all_that_the_trackers_of_transformers_read_is_there(model: Path, tmp_pa
         for value in handler.args.to_sanitized_dict().values()
     )
     assert handler.model.config.num_labels == 1
+
+
+# ---------------------------------------------------------------- docs/tracking.md
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tracking.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_event_and_its_example_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = re.findall(r"^\| (`on_.*?) \|", PAGE, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(EVENTS)
+    assert all(f"`{event}`" in PAGE for event in module._NEVER_CALLED)
+    assert {*EVENTS, *module._NEVER_CALLED, "on_predict"} == {
+        name for name in vars(TrainerCallback) if name.startswith("on_")
+    }
+    shutil.copytree(model, tmp_path / "model")
+    for name, rows in (("train", conversation_rows(32)), ("test", HELD_OUT)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("eval_strategy=", "learning_rate=1e-2, eval_strategy="), names)
+    assert names["trainer"].state.global_step == 4, "one epoch was enough"

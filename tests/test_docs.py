@@ -30,7 +30,7 @@ from raywards.schemas import Usage as ReplyUsage
 from raywards.serve.app import create_app
 from raywards.serve.replica import RewardService
 from raywards.sources import RowRef
-from raywards.train.trainer import _MAY_CHANGE
+from raywards.train.runfolder import _MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
