@@ -165,11 +165,11 @@ class Core:
 
     def backward(self, pairs: list[Pair], *, packed: bool) -> None:
         from raywards.loss import bradley_terry
-        from raywards.packing import pack_pairs
+        from raywards.packing import pack_groups
 
         self.model.use(self.path if packed else "padded")
         self.model.train()
-        row = pack_pairs(*zip(*pairs, strict=True))
+        row = pack_groups(pairs)
         rewards = self.forward(row.to(self.device))
         bradley_terry(*rewards.view(-1, 2).unbind(1)).mean().backward()
 

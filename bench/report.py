@@ -1,9 +1,9 @@
-"""The tables of the README, from the results in `bench/results`.
+"""The tables of the README and of docs/data.md, from the results in `bench/results`.
 
     python bench/report.py           print them
-    python bench/report.py --write   put them into README.md, between its two marks
+    python bench/report.py --write   put them into their pages, between two marks
 
-A test compares the README with what this makes, so no figure there is typed by hand.
+A test compares the pages with what this makes, so no figure there is typed by hand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,15 @@ SIDES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into README.md")
+    parser.add_argument("--write", action="store_true", help="into the pages")
     args = parser.parse_args()
-    text = tables()
-    if not args.write:
-        print(text)
-        return
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
+    for page, text in {"README.md": tables(), "docs/data.md": preparation()}.items():
+        if not args.write:
+            print(text)
+            continue
+        before, _, rest = (ROOT / page).read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        (ROOT / page).write_text(f"{before}{BEGIN}{text}{END}{after}", encoding="utf-8")
 
 
 def tables() -> str:
@@ -107,6 +107,62 @@ def scoring(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {title} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def preparation() -> str:
+    """Figures of `bench/prepare.py`: a column for each number of pairs, and one of forty times."""
+    result = load(RESULTS / "prepare_million.json")
+    few, many = result["by_pairs"].values()
+    prepared: dict[str, Callable[[dict[str, Any]], str]] = {
+        "prepared by two Ray tasks at once, pairs/s": lambda c: (
+            f"{c['prepare_2']['pairs_per_second']:,.0f}"
+        ),
+        "memory of the driver meanwhile, MiB": lambda c: memory(c["prepare_2"], "driver"),
+        "of a task, MiB": lambda c: memory(c["prepare_2"], "task"),
+        "found again, s": lambda c: f"{c['found_2']['seconds']:.1f}",
+        "JSONL, MB": lambda c: f"{c['source_bytes'] / 1e6:,.0f}",
+        "prepared, MB": lambda c: f"{c['disk_bytes'] / 1e6:,.0f}",
+    }
+    planned: dict[str, Callable[[dict[str, Any]], str]] = {
+        "table opened, s": lambda plan: f"{plan['open_s']:.2f}",
+        "first step planned, s": lambda plan: f"{plan['first_step_s']:.2f}",
+        "resumed in the middle of epoch 3, s": lambda plan: f"{plan['resume_s']:.2f}",
+        "memory of a worker that plans and reads, MiB": lambda plan: memory(plan, "driver"),
+    }
+    plans = [few["plan"], many["plan"], many["forty"]]
+    rows = [["pairs", *(f"{plan['pairs']:,}" for plan in plans)], ["---"] * 4]
+    rows += [[name, of(few), of(many), ""] for name, of in prepared.items()]
+    rows += [[name, *map(of, plans)] for name, of in planned.items()]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", *remarks(result, few, many)]) + "\n"
+
+
+def remarks(result: dict[str, Any], few: dict[str, Any], many: dict[str, Any]) -> list[str]:
+    sides = [side for column in (few, many) for side in column.values() if isinstance(side, dict)]
+    busy = max(side["others_cores"] for side in sides)
+    alone, about = few["prepare_1"], result["machine"]
+    hours = 40 * many["prepare_2"]["seconds"] / 3600
+    times = many["forty"]["pairs"] / many["plan"]["pairs"]
+    return [
+        f"Pairs of {many['plan']['tokens_a_pair']:.0f} tokens on average; the third column has the "
+        f"second's files {times:.0f} times, as links. Memory is the peak: a process's own + pages "
+        "of files that it maps, its libraries among them, which the kernel takes back when it "
+        f"needs them. The driver alone prepares {alone['pairs']:,} at "
+        f"{alone['pairs_per_second']:,.0f} pairs/s in {memory(alone, 'driver')} MiB.",
+        "",
+        f"Forty million such pairs are {40 * many['source_bytes'] / 1e9:.0f} GB of JSONL and "
+        f"{40 * many['disk_bytes'] / 1e9:.0f} GB prepared, in 2,000 shards: {hours:.1f} hours of "
+        f"these two tasks, or {hours / 32:.1f} of 64. A worker holds 8 bytes a pair for the order "
+        "of an epoch (0.32 GB), and some 0.3 GB of places in the shards; `lengths.npy` (0.32 GB) "
+        "is mapped, once for all workers of a node. The driver holds 8 bytes a line of JSONL.",
+        "",
+        f"`{about['command']}` on {machine.in_words(about)}. Other processes took up to "
+        f"{busy:.1f} cores of it meanwhile: the times are upper bounds.",
+    ]
+
+
+def memory(side: dict[str, Any], process: str) -> str:
+    return "{anonymous:.0f} + {mapped:.0f}".format(**side["peak_mib"][process])
 
 
 def cell(side: str, found: dict[str, Any]) -> str:

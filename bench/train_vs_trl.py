@@ -133,10 +133,10 @@ class Bench:
         settings = EncodeSettings(args.max_length, "drop", "error")
         table = PairTable(prepare(args.data, rendering, settings, folder, name="pairs").folder)
         columns = table.take(list(range(len(table))))
-        sides = zip(columns["row"], columns["chosen_ids"], columns["rejected_ids"], strict=True)
+        sides = zip(columns["row"], columns["sequences"], strict=True)
         self.pairs = [
             Pair(row, max(len(a), len(b)), len(a) + len(b) - num_common(a, b))
-            for row, a, b in sides
+            for row, (a, b) in sides
         ]
         self.args, self.folder = args, folder
         self.num_parameters = count_parameters(args.model)

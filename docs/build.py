@@ -1,7 +1,11 @@
-"""Writes `settings.md` and `bad_rows.md`, from docstrings and tables: `python docs/build.py`."""
+"""Writes the generated pages, from docstrings and tables: `python docs/build.py`.
+
+They are `settings.md`, `bad_rows.md` and, where TRL is installed, `trl.md`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import sys
@@ -11,7 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from raywards.config import RewardConfig, ScoreConfig, ServeConfig, TrainJob  # noqa: E402
 from raywards.preferences import REASONS  # noqa: E402
@@ -62,10 +66,15 @@ def pages() -> dict[str, str]:
     ]
     parts += [REFUSED_SETTINGS, table(("setting", "accepted", "instead"), refused)]
     reasons = [(f"`{reason}`", meaning) for reason, meaning in REASONS.items()]
-    return {
+    made = {
         "settings.md": "\n\n".join(parts) + "\n",
         "bad_rows.md": "\n\n".join([BAD_ROWS, table(("reason", "meaning"), reasons)]) + "\n",
     }
+    if importlib.util.find_spec("trl") is not None:
+        import beside_trl
+
+        made["trl.md"] = beside_trl.page(table, word)
+    return made
 
 
 def tables(cls: type[Any]) -> list[str]:

@@ -19,6 +19,7 @@ import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -148,6 +149,7 @@ def export_model(
     dtype: torch.dtype,
     training: Mapping[str, Any],
     last_ids: Iterable[int] = (),
+    beside: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write an ordinary Hugging Face folder to score with, and return its manifest.
 
@@ -159,6 +161,7 @@ def export_model(
         dtype: Type of the stored weights.
         training: What the manifest tells of the run: base model, rows, steps, settings.
         last_ids: Ids that ended a training sequence; none of them becomes the pad token.
+        beside: Further files of the folder, name to text.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
@@ -176,11 +179,14 @@ def export_model(
         sequences = _probe_sequences(rendering)
         tokenizer = rendering.tokenizer
         taken = {*last_ids, *(ids[-1] for ids in sequences), tokenizer.eos_token_id}
-        _write_pad_token(partial, tokenizer, taken)
+        trust = _is_remote(inner)
+        _write_pad_token(partial, tokenizer, taken, trust)
         _edit_config(partial, dtype=str(dtype).removeprefix("torch."))
-        manifest = _describe_export(partial, sequences, rendering, dtype, training)
+        for name, text in beside.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        manifest = _describe_export(partial, sequences, rendering, dtype, training, trust)
         write_manifest(partial, manifest, list_files(partial))
-        _replace_folder(partial, folder)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         for name, value in before.items():
@@ -209,7 +215,12 @@ def choose_pad_token(tokenizer: Any, taken: Iterable[int | None], vocab_size: in
     return None
 
 
-def _write_pad_token(folder: Path, tokenizer: Any, taken: set[int | None]) -> None:
+def _is_remote(thing: Any) -> bool:
+    """Whether its class came with a model: then its code was trusted, and runs already."""
+    return type(thing).__module__.startswith("transformers_modules.")
+
+
+def _write_pad_token(folder: Path, tokenizer: Any, taken: set[int | None], trust: bool) -> None:
     """Give the exported tokenizer and config a pad token that no sequence ends in."""
     vocab_size = _edit_config(folder)["vocab_size"]
     # A copy: training goes on with the pad token that it began with.
@@ -220,7 +231,9 @@ def _write_pad_token(folder: Path, tokenizer: Any, taken: set[int | None]) -> No
         pad_token = "<|raywards_pad|>"
         exported.add_special_tokens({"pad_token": pad_token})
         if len(exported) > vocab_size:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype="auto", trust_remote_code=trust
+            )
             model.resize_token_embeddings(len(exported), mean_resizing=False)
             model.save_pretrained(folder)
     exported.pad_token = pad_token
@@ -261,9 +274,11 @@ def _describe_export(
     rendering: Rendering,
     dtype: torch.dtype,
     training: Mapping[str, Any],
+    trust: bool,
 ) -> dict[str, Any]:
     # The tokenizer as it will be loaded: a class may rebuild itself otherwise than it was saved.
-    reloaded = Rendering(load_tokenizer(str(folder)), control_tokens=rendering.control_tokens)
+    tokenizer = load_tokenizer(str(folder), trust_remote_code=_is_remote(rendering.tokenizer))
+    reloaded = Rendering(tokenizer, control_tokens=rendering.control_tokens)
     if _probe_sequences(reloaded) != sequences:
         raise CheckpointError(
             f"{folder}: the tokenizer, saved and loaded again, gives other token ids, so rewards "
@@ -271,7 +286,7 @@ def _describe_export(
             f"{type(reloaded.tokenizer).__name__} was loaded: pass that one as `processing_class`."
         )
     splits = [reloaded.split(ids) for ids in sequences]
-    stored = _measure(folder, dtype, sequences, splits)
+    stored = _measure(folder, dtype, sequences, splits, trust)
     if not all(map(math.isfinite, stored.together)):
         raise CheckpointError(
             f"{folder}: its rewards are not finite ({stored.together}), so it is not kept: the "
@@ -281,7 +296,7 @@ def _describe_export(
     bounds = {"float32": 1e-5 * max(1.0, spread)}
     # What bf16 costs is measured against the same weights in fp32, also where they are bf16.
     exact, coarse = (
-        stored if dtype == other else _measure(folder, other, sequences, splits)
+        stored if dtype == other else _measure(folder, other, sequences, splits, trust)
         for other in (torch.float32, torch.bfloat16)
     )
     worst = max(
@@ -324,11 +339,19 @@ class _Measured(NamedTuple):
 
 
 def _measure(
-    folder: Path, dtype: torch.dtype, sequences: Sequence[list[int]], splits: Sequence[int]
+    folder: Path,
+    dtype: torch.dtype,
+    sequences: Sequence[list[int]],
+    splits: Sequence[int],
+    trust: bool,
 ) -> _Measured:
     """Load the export as a user would: to cast a loaded model would round its buffers, too."""
     inner = create_model_from_path(
-        str(folder), AutoModelForSequenceClassification, dtype=dtype, device_map=None
+        str(folder),
+        AutoModelForSequenceClassification,
+        dtype=dtype,
+        device_map=None,
+        trust_remote_code=trust,
     )
     model = RewardModel(inner).eval()
     settle_path(model)
@@ -367,7 +390,7 @@ def _plain_rewards(model: RewardModel, sequences: Sequence[list[int]]) -> list[f
     return values
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
+def replace_folder(new: Path, folder: Path) -> None:
     """Put `new` in the place of `folder`; on Linux no moment passes without one of the two."""
     if not folder.exists():
         os.replace(new, folder)

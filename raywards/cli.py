@@ -71,6 +71,7 @@ def train(argv: list[str]) -> None:
 
     from raywards.sources import read_rows
     from raywards.train.trainer import RewardTrainer
+    from raywards.train.tuning import lora_config, quantization_config
 
     held_out = None
     if config.eval_strategy != "no" or config.eval_on_start:
@@ -91,6 +92,8 @@ def train(argv: list[str]) -> None:
             job.dataset_name, split=job.dataset_train_split, config=job.dataset_config
         ),
         eval_dataset=held_out,
+        quantization_config=quantization_config(job, bf16=config.bf16 is not False),
+        peft_config=lora_config(job),
     )
     result = trainer.train()
     for name, value in result.metrics.items():

@@ -9,6 +9,7 @@ flags into these classes.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,9 @@ Interval = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 # HfArgumentParser hands a `dict | str | None` over as text: JSON is accepted there.
 Mapped = dict[str, Any] | str | None
+Objective = Literal["bradley_terry", "plackett_luce", "all_pairs", "regression"]
+
+_COLUMNS_OF_TEXTS = ("text", "prompt", "response", "tools", "chat_template_kwargs")
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """What `report_to` may name."""
@@ -65,7 +69,7 @@ class RewardConfig:
     """Pairs of one forward of an evaluation, for a model that pads; packed rows count tokens."""
     gradient_accumulation_steps: Positive = 1
     """Accumulations per worker and optimizer step. The global batch is this, times
-    `per_device_train_batch_size`, times the number of workers; it is fixed at the first start."""
+    `per_device_train_batch_size`, times the (most) workers; it is fixed at the first start."""
     max_tokens_per_row: Positive | None = None
     """Tokens of one packed row, the common prefix of a pair counted once. A step takes as many rows
     as it needs; a longer pair goes alone. Default: what fits into memory, which is measured."""
@@ -124,10 +128,29 @@ class RewardConfig:
     only where the activations of the longest pair would not fit, which is measured."""
     gradient_checkpointing_kwargs: Mapped = None
     """Arguments of `torch.utils.checkpoint`; default `{"use_reentrant": false}`."""
+    activation_offloading: bool = False
+    """Keep what `gradient_checkpointing` keeps, the states between the layers, in CPU memory until
+    the backward pass. Turns `gradient_checkpointing` on. Without effect on a CPU."""
+    use_liger_kernel: bool = False
+    """RMSNorm and SwiGLU by Liger's Triton kernels; needs a GPU and `pip install liger-kernel`."""
+    freeze: list[str] | None = None
+    """Weights that are not trained: patterns (`*`, `[0-7]`) of the names of parameters, or of
+    modules that hold them, such as `model.embed_tokens` or `model.layers.[0-7]`. The head is always
+    trained. Default: none."""
     disable_dropout: bool = True
-    """Set every dropout probability to zero before training."""
+    """Set every dropout probability to zero before training. The dropout of LoRA is its own setting
+    (`lora_dropout`)."""
+    objective: Objective = "bradley_terry"
+    """What is trained: `bradley_terry` on pairs, `plackett_luce` or `all_pairs` on rankings of two
+    or more responses (and on pairs among them), `regression` on texts with a score
+    (docs/objectives.md)."""
+    attributes: Mapped = None
+    """Columns of scores for `regression`, each with its weight in the exported reward, for instance
+    `{"helpfulness": 0.8, "verbosity": -0.2}`. Each is trained as a head of its own. Default: the
+    one column `score`."""
     center_rewards_coefficient: Annotated[float, Field(ge=0)] | None = None
-    """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual."""
+    """Weight of `mean((r_chosen + r_rejected)^2)`, which keeps rewards near zero; 0.01 is usual. Of
+    a ranking it is the square of twice its mean reward."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the labels taken to be the wrong way round, as in TRL's DPOConfig; 0.1 is usual."""
 
@@ -142,11 +165,16 @@ class RewardConfig:
     control_tokens: Literal["as_text", "refuse"] = "as_text"
     """A control token such as `<|im_end|>` inside a message is encoded as text, or refused."""
     chat_template_path: str | None = None
-    """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used."""
+    """A `.jinja` file, or the folder or hub id of a tokenizer whose template is to be used. A
+    tokenizer's added tokens and its closing token come with it, and the model grows by them."""
     eos_token: str | None = None
-    """Token that closes plain text, if not the tokenizer's own."""
+    """Token that closes plain text, if not the tokenizer's own; the export is told, too."""
+    dataset_weights: dict[str, Annotated[float, Field(gt=0)]] | str | None = None
+    """How often an epoch trains the pairs of a source, by its name: 2 twice, 0.5 half of them, and
+    the other half in the next epoch. Default, also for a source that is not named: once."""
     dataset_num_proc: Positive | None = None
-    """Processes that encode rows. Default: one."""
+    """Ray tasks that encode rows at the same time. 1: in the driver's process. Default: as many as
+    the cluster has CPUs, or 1 without workers. Up to 20,000 rows never take more than one."""
 
     # ---- log, evaluate, save (TRL, transformers)
     logging_steps: Positive = 10
@@ -159,12 +187,27 @@ class RewardConfig:
     """Steps between two evaluations. Default: `logging_steps`."""
     eval_on_start: bool = False
     """Evaluate once before the first step."""
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    """When to write a checkpoint. The end of a run always writes one."""
+    save_strategy: Literal["no", "steps", "epoch", "best"] = "steps"
+    """When to write a checkpoint; `best`: at each evaluation that is the best so far. The end of a
+    run always writes one."""
     save_steps: Positive = 500
     """Steps between two checkpoints."""
     save_total_limit: Positive | None = None
-    """Checkpoints to keep; the newest is always kept. Default: all."""
+    """Checkpoints to keep. The newest and the best are always among them, so with 1 there may be
+    two. Default: all."""
+    load_best_model_at_end: bool = False
+    """Export the weights of the best evaluation, not of the last step. Each evaluation that is the
+    best so far writes a checkpoint, whatever `save_strategy` says."""
+    metric_for_best_model: str | None = None
+    """Held-out figure (docs/metrics.md) that says which checkpoint is the best, with or without
+    `eval_`: `accuracy`, `helpful_log_loss` of the set `helpful`. Default: `loss`."""
+    greater_is_better: bool | None = None
+    """Whether more of `metric_for_best_model` is better. Default: as the figure has it; to be given
+    for rewards and `length_bias`, where neither is obvious."""
+    early_stopping_patience: Positive | None = None
+    """Stop after so many evaluations in a row that did not improve `metric_for_best_model`."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """What `metric_for_best_model` has to be better by, to count as an improvement."""
     resume_from_checkpoint: str | None = None
     """A checkpoint folder to start from. A run that is started again under the same `output_dir`
     continues without being asked."""
@@ -196,8 +239,14 @@ class RewardConfig:
     """Branch to upload to; made if there is none of its name. Default: the main branch."""
 
     # ---- where it runs (raywards)
-    num_workers: NotNegative = 1
-    """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU."""
+    # HfArgumentParser hands it over as an int; other flags and YAML, also as text or a list.
+    num_workers: list[int] | int | str = 1
+    """Ray Train workers. 0 trains in this process, without Ray: a notebook, or one GPU. `[1, 4]`
+    takes what the cluster has: with a node fewer it goes on with fewer workers, and takes more when
+    they come. It may change from start to start: the global batch stays that of the first one."""
+    elastic_resize_monitor_interval_s: Interval = 60.0
+    """With a range of workers: seconds between two looks whether the cluster has room for more. A
+    resize starts the workers again from the newest checkpoint."""
     use_gpu: bool | None = None
     """One GPU a worker. Default: where the cluster has any; say it where GPU nodes come on demand.
     `use_cpu=True`, TRL's name, says no."""
@@ -216,14 +265,25 @@ class RewardConfig:
     -1: never gives up."""
     deepspeed: dict[str, Any] | str | int | None = None
     """ZeRO stage (0 to 3), a DeepSpeed dict, or a JSON file. `"auto"` values are filled in.
-    Default: stage 2, or 0 with a single worker, which has nothing to shard."""
+    Default: stage 2, or 0 with a single worker, which has nothing to shard; it is fixed at the
+    first start."""
     ddp_timeout: Positive = 1800
     """Seconds after which a collective operation is taken to hang."""
+
+    @field_validator("dataset_weights", mode="before")
+    @classmethod
+    def _weights_from_json(cls, value: Any) -> Any:
+        return read_mapping(value) if isinstance(value, str) else value
 
     @field_validator("deepspeed", mode="before")
     @classmethod
     def _stage_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _split_patterns(cls, value: Any) -> Any:
+        return _split_commas(value)
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
@@ -241,10 +301,48 @@ class RewardConfig:
         "lr_scheduler_kwargs",
         "gradient_checkpointing_kwargs",
         "resources_per_worker",
+        "attributes",
     )
     @classmethod
     def _json_mapping(cls, value: Any) -> Any:
         return read_mapping(value) if isinstance(value, str) else value
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _number_or_range(cls, value: Any) -> Any:
+        given = value
+        if isinstance(given, str):
+            given = [part.strip() for part in given.strip("[] ").split(",")]
+            given = [int(part) if part.isdigit() else part for part in given]
+            given = given[0] if len(given) == 1 else given
+        if isinstance(given, (list, tuple)) and len(given) == 2:
+            fewest, most = given
+            if type(fewest) is type(most) is int and 1 <= fewest <= most:
+                return most if fewest == most else [fewest, most]
+        elif type(given) is int and given >= 0:
+            return given
+        raise ValueError(
+            "expected a number of workers, or the fewest and the most of them as in `[1, 4]`"
+        )
+
+    @field_validator("attributes")
+    @classmethod
+    def _weights_by_column(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        expected = 'expected columns with a weight each, such as {"helpfulness": 0.8}'
+        numbers = (int, float)
+        for name, weight in value.items():
+            if not isinstance(name, str) or name in ("", *_COLUMNS_OF_TEXTS):
+                raise ValueError(f"{name!r} is no column of scores; {expected}")
+            if isinstance(weight, bool) or not isinstance(weight, numbers):
+                raise ValueError(f"the weight of {name!r} is {weight!r}; {expected}")
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name!r} is {weight!r}; expected a finite number")
+        if not any(value.values()):
+            raise ValueError(f"no weight but 0: every reward would be 0; {expected}")
+        # One order, so that a resumed run has the rows of its head in the same places.
+        return {name: float(value[name]) for name in sorted(value)}
 
     @field_validator("report_to")
     @classmethod
@@ -280,6 +378,46 @@ class RewardConfig:
         return value
 
 
+def worker_range(config: RewardConfig) -> tuple[int, int]:
+    """The fewest and the most workers; (0, 0) is this process alone."""
+    given = config.num_workers
+    assert not isinstance(given, str), "the validator turns text into numbers"
+    return (given, given) if isinstance(given, int) else (given[0], given[1])
+
+
+def attribute_weights(config: RewardConfig) -> dict[str, float]:
+    """Weight in the exported reward of each attribute; empty where there is only `score`."""
+    weights = config.attributes or {}
+    assert isinstance(weights, dict)
+    return weights
+
+
+def check_objective(config: RewardConfig) -> None:
+    """Raise `ConfigError` for settings that mean nothing under the objective.
+
+    Called when settings are made and when training starts, not at each assignment: a script may
+    assign them in any order.
+    """
+    name = config.objective
+    if config.attributes is not None and name != "regression":
+        raise ConfigError(
+            f"attributes: objective={name!r} has one reward to train, not several scores. Set "
+            "objective='regression', or leave attributes out."
+        )
+    if config.label_smoothing and name in ("plackett_luce", "regression"):
+        instead = " 'all_pairs' or" if name == "plackett_luce" else ""
+        raise ConfigError(
+            f"label_smoothing={config.label_smoothing:g}: is of pairs, and objective={name!r} has "
+            f"no label that could be the wrong way round. Leave it out, or set objective to"
+            f"{instead} 'bradley_terry'."
+        )
+    if config.center_rewards_coefficient and name == "regression":
+        raise ConfigError(
+            "center_rewards_coefficient: with objective='regression' the scores say where zero is. "
+            "Leave it out."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class RunPaths:
     """Where a run keeps things. All absolute: Ray workers change their directory."""
@@ -298,6 +436,10 @@ class RunPaths:
     @property
     def export(self) -> Path:
         return self.run / "export"
+
+    @property
+    def adapter(self) -> Path:
+        return self.run / "adapter"
 
     @property
     def metrics(self) -> Path:
@@ -453,10 +595,59 @@ class TrainJob(_Frozen):
     attn_implementation: str | None = None
     """Attention of transformers: `sdpa`, `eager`, `flash_attention_2`, ..."""
 
-    @field_validator("dataset_name", "eval_dataset_name", mode="before")
+    # ---- adapters (docs/fine_tuning.md)
+    use_peft: bool = False
+    """Train LoRA adapters and the head instead of all weights."""
+    lora_r: Positive = 16
+    """Rank of the adapters."""
+    lora_alpha: Positive = 32
+    """Scale of the adapters: they are multiplied by this, divided by the rank."""
+    lora_dropout: Share = 0.0
+    """Dropout in front of the adapters. Above 0, rows are padded, which is slower. (TRL says 0.05,
+    and its `disable_dropout`, on by default, makes 0 of it.)"""
+    lora_target_modules: list[str] | None = None
+    """Layers that get an adapter, by the ends of their names, with commas between; or `all-linear`.
+    Default: peft's choice for the family."""
+    lora_target_parameters: list[str] | None = None
+    """Parameters that get an adapter, where they are no layer: the experts of a mixture."""
+    lora_modules_to_save: list[str] | None = None
+    """Modules that are trained in full beside the head."""
+    lora_task_type: Literal["SEQ_CLS"] = "SEQ_CLS"
+    """A reward model is a sequence classifier."""
+    use_rslora: bool = False
+    """Divide `lora_alpha` by the square root of the rank instead (rsLoRA)."""
+    use_dora: bool = False
+    """DoRA: adapters for the direction of a weight, and a trained magnitude."""
+    load_in_4bit: bool = False
+    """Load the base in 4 bits through bitsandbytes (QLoRA). Needs `use_peft`."""
+    load_in_8bit: bool = False
+    """Load the base in 8 bits through bitsandbytes. Needs `use_peft`."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Kind of the 4-bit numbers."""
+    use_bnb_nested_quant: bool = False
+    """Quantise the scales of the 4-bit blocks, too."""
+
+    @field_validator(
+        "dataset_name",
+        "eval_dataset_name",
+        "lora_target_modules",
+        "lora_target_parameters",
+        "lora_modules_to_save",
+        mode="before",
+    )
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        return [part for part in value.split(",") if part] if isinstance(value, str) else value
+    def _split(cls, value: Any) -> Any:
+        return _split_commas(value)
+
+    @model_validator(mode="after")
+    def _adapters_agree(self) -> TrainJob:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other; take one out")
+        return self
+
+
+def _split_commas(value: Any) -> Any:
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 # ---------------------------------------------------------------- RewardConfig as a dataclass
@@ -479,6 +670,7 @@ def _speak_plainly() -> None:
             validated_init(self, **ours)
         except ValidationError as error:
             raise ConfigError(describe(error, RewardConfig)) from None
+        check_objective(self)
 
     def __setattr__(self: RewardConfig, name: str, value: Any) -> None:
         if self.__dict__.get("_frozen"):

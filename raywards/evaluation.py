@@ -1,12 +1,13 @@
 """Held-out pairs to figures: how often a reward model is right, how sure it may be, what fools it.
 
-Pairs are kept one by one, because calibration and quantiles need them all: some 60 bytes each.
+Pairs are kept one by one, because calibration and quantiles need them all: some 60 bytes each. So
+are rankings, as the pairs in them, and rated texts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -17,6 +18,25 @@ _BINS = 10
 _COLUMNS = ("loss", "chosen", "rejected", "probability", "chosen_tokens", "rejected_tokens")
 
 Floats = NDArray[numpy.float64]
+T = TypeVar("T")
+
+FIGURES: dict[str, bool | None] = {
+    "loss": False,
+    "log_loss": False,
+    "accuracy": True,
+    "calibration_error": False,
+    "tie_rate": False,
+    "margin": True,
+    "margin_p05": True,
+    "margin_p50": True,
+    "margin_p95": True,
+    "min_reward": None,
+    "mean_reward": None,
+    "max_reward": None,
+    "length_bias": None,
+}
+"""Figures that a model may be chosen by, and whether more is better; None where it depends. Beside
+them there is `accuracy/SOURCE`, where a set has several sources."""
 
 
 class HeldOut:
@@ -42,15 +62,119 @@ class HeldOut:
 
     def compute(self) -> dict[str, float]:
         """Figures over the pairs of every rank. A collective: every rank calls it."""
-        parts: list[Any] = [(self._rows, self._sources)]
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            mine, parts = parts[0], [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, mine)
+        parts = _of_all_ranks((self._rows, self._sources))
         rows = [row for part, _ in parts for row in part]
         if not rows:
             return {"num_pairs": 0.0, "num_tokens": 0.0}
         table = dict(zip(_COLUMNS, numpy.vstack(rows).T, strict=True))
         return figures(table, [source for _, part in parts for source in part])
+
+
+class HeldOutRankings:
+    """The same of rankings: figures over the pairs of different rank in them, each weighing alike.
+
+    Loss and rewards are those of the rankings and their responses, each counted once.
+    """
+
+    def __init__(self) -> None:
+        self._pairs = HeldOut()
+        self._groups: list[Floats] = []
+        self._sequences: list[Floats] = []
+
+    def add(
+        self,
+        losses: Tensor,
+        rewards: Tensor,
+        lengths: Sequence[int],
+        chosen: Sequence[int],
+        rejected: Sequence[int],
+        probability: Sequence[float],
+        sources: Sequence[str],
+    ) -> None:
+        """Count G rankings of S responses in all, and the P pairs in them.
+
+        `losses` are [G], `rewards` and `lengths` (tokens) [S]; `chosen` and `rejected` are places
+        among the S responses, and they, `probability` and `sources` are [P].
+        """
+        self._groups.append(_floats(losses))
+        self._sequences.append(numpy.stack([_floats(rewards), numpy.asarray(lengths, float)], 1))
+        if chosen:
+            better, worse = rewards[list(chosen)], rewards[list(rejected)]
+            tokens = [(lengths[i], lengths[j]) for i, j in zip(chosen, rejected, strict=True)]
+            sure = torch.tensor(probability, device=rewards.device)
+            unused = torch.zeros_like(better)  # a pair in a ranking has no loss of its own
+            self._pairs.add(unused, better, worse, sure, tokens, sources)
+
+    def compute(self) -> dict[str, float]:
+        """Figures over the rankings of every rank. A collective: every rank calls it."""
+        found = self._pairs.compute()
+        parts = _of_all_ranks((self._groups, self._sequences))
+        groups = [losses for part, _ in parts for losses in part]
+        if not groups:
+            return {"num_pairs": 0.0, "num_tokens": 0.0}
+        losses = numpy.concatenate(groups)
+        rewards, tokens = numpy.vstack([some for _, part in parts for some in part]).T
+        return {
+            **found,
+            "loss": float(losses.mean()),
+            **_extremes(rewards),
+            "num_comparisons": found["num_pairs"],
+            "num_pairs": float(len(losses)),
+            "num_tokens": float(tokens.sum()),
+        }
+
+
+class HeldOutRatings:
+    """Rated texts that are held out, with A attributes; `compute` gives errors and correlations."""
+
+    def __init__(self, attributes: Sequence[str], weights: Sequence[float]) -> None:
+        self._attributes = attributes
+        self._weights = numpy.asarray(weights, dtype=float)
+        self._rows: list[Floats] = []
+        self._sources: list[str] = []
+
+    def add(
+        self,
+        losses: Tensor,
+        predicted: Tensor,
+        scores: Tensor,
+        lengths: Sequence[int],
+        sources: Sequence[str],
+    ) -> None:
+        """Count R rated texts: `predicted` and `scores` are [R, A], NaN where nobody gave one."""
+        columns = (_floats(losses)[:, None], numpy.reshape(lengths, (-1, 1)))
+        self._rows.append(numpy.hstack([*columns, _floats(predicted), _floats(scores)]))
+        self._sources += sources
+
+    def compute(self) -> dict[str, float]:
+        """Figures over the texts of every rank. A collective: every rank calls it."""
+        parts = _of_all_ranks((self._rows, self._sources))
+        rows = [row for part, _ in parts for row in part]
+        if not rows:
+            return {"num_pairs": 0.0, "num_tokens": 0.0}
+        table = numpy.vstack(rows)
+        (losses, tokens), (predicted, scores) = table[:, :2].T, numpy.hsplit(table[:, 2:], 2)
+        rewards = predicted @ self._weights
+        whole = ~numpy.isnan(scores).any(1)
+        target = scores @ self._weights
+        found = {
+            "loss": losses.mean(),
+            **_errors(predicted, scores),
+            **_correlation(rewards[whole], target[whole]),
+            **_extremes(rewards),
+            "num_pairs": len(table),
+            "num_tokens": tokens.sum(),
+        }
+        if len(self._attributes) > 1:
+            for name, ours, theirs in zip(self._attributes, predicted.T, scores.T, strict=True):
+                given = ~numpy.isnan(theirs)
+                figures = _errors(ours, theirs) | _correlation(ours[given], theirs[given])
+                found |= {f"{figure}/{name}": value for figure, value in figures.items()}
+        sources = [source for _, part in parts for source in part]
+        if len(set(sources)) > 1:
+            names = numpy.asarray(sources)
+            found |= {f"loss/{name}": losses[names == name].mean() for name in sorted({*sources})}
+        return {name: float(value) for name, value in found.items()}
 
 
 def figures(table: dict[str, Floats], sources: Sequence[str]) -> dict[str, float]:
@@ -131,3 +255,46 @@ def length_bias(difference: Floats, probability: Floats, longer_by: Floats) -> f
     model = agree(longer * difference[unequal], numpy.ones(int(unequal.sum())))
     judges = numpy.where(longer > 0, probability[unequal], 1 - probability[unequal])
     return float(model.mean() - judges.mean())
+
+
+def _errors(predicted: Floats, scores: Floats) -> dict[str, float]:
+    """Mean squared and mean absolute error of the scores that are there; nothing without any."""
+    errors = (predicted - scores)[~numpy.isnan(scores)]
+    if not errors.size:
+        return {}
+    return {"mse": float((errors**2).mean()), "mae": float(numpy.abs(errors).mean())}
+
+
+def _correlation(rewards: Floats, scores: Floats) -> dict[str, float]:
+    """Pearson's; nothing where one of the two is constant, or there are none."""
+    if not rewards.size:
+        return {}
+    ours, theirs = rewards - rewards.mean(), scores - scores.mean()
+    norms = numpy.linalg.norm(ours), numpy.linalg.norm(theirs)
+    sizes = numpy.linalg.norm(rewards), numpy.linalg.norm(scores)
+    # What is constant but for rounding is constant.
+    if norms[0] <= 1e-6 * sizes[0] or norms[1] <= 1e-6 * sizes[1]:
+        return {}
+    return {"pearson": float(ours @ theirs / norms[0] / norms[1])}
+
+
+def _extremes(rewards: Floats) -> dict[str, float]:
+    return {
+        "min_reward": float(rewards.min()),
+        "mean_reward": float(rewards.mean()),
+        "max_reward": float(rewards.max()),
+    }
+
+
+def _floats(values: Tensor) -> Floats:
+    found: Floats = values.detach().double().cpu().numpy()
+    return found
+
+
+def _of_all_ranks(mine: T) -> list[T]:
+    """What every rank has, in the order of the ranks. A collective."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return [mine]
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return parts

@@ -7,6 +7,9 @@ that is missing or has two labels is told apart from one that is new. It knows n
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import json
 import logging
 import os
 from pathlib import Path
@@ -29,6 +32,7 @@ _AUTO_CLASSES = (
     "AutoModelForCausalLM",
 )
 # What reaches AutoConfig too: the config must come from the same place as the weights.
+_CONFIG_OF_THE_WRITER = ("transformers_version", "_name_or_path")
 _CONFIG_KWARGS = (
     "cache_dir",
     "force_download",
@@ -89,6 +93,23 @@ def check_reward_model(model_id: str, kwargs: dict[str, Any]) -> PretrainedConfi
     return config
 
 
+def describe_files(model: Any, kwargs: dict[str, Any]) -> str:
+    """Digest of a model's config and of the sizes of its files: another model gives another.
+
+    `model` is a folder, a hub id or a loaded model. Weights are not read: two models of one config
+    whose files have the same sizes look alike. Raises what `check_reward_model` does.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        config, folder = check_reward_model(os.fspath(model), kwargs), Path(_resolve_path(model))
+    else:
+        config, folder = model.config, Path("")
+    known = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_OF_THE_WRITER}
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    sizes = {file.name: file.stat().st_size for file in files if folder.name}
+    text = json.dumps([known, sizes], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def refuse_without_head(model_id: str, kwargs: dict[str, Any]) -> None:
     """Raise `ModelError` for a model that has no trained reward head, such as a language model."""
     if not _is_classifier(check_reward_model(model_id, kwargs)):
@@ -122,16 +143,51 @@ def load_tokenizer(
     if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
         # What transformers makes from a config alone, where the tokenizer's files are missing.
         raise ModelError(f"{model_id}: no tokenizer is there: its vocabulary is empty.")
+    return change_tokenizer(
+        tokenizer,
+        eos_token=eos_token,
+        chat_template_path=chat_template_path,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def change_tokenizer(
+    tokenizer: Any,
+    *,
+    eos_token: str | None = None,
+    chat_template_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A copy of `tokenizer` with another chat template or closing token, or itself.
+
+    As in TRL, a template taken from another tokenizer brings that tokenizer's added tokens along,
+    and its closing token unless `eos_token` names one: `grow_vocabulary` then makes room for them.
+    Raises as `load_tokenizer`.
+    """
+    if eos_token is None and chat_template_path is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if chat_template_path is not None:
+        _take_chat_template(tokenizer, chat_template_path, trust_remote_code)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ConfigError(
-                f"eos_token={eos_token!r} is not in the vocabulary of {model_id}."
+                f"eos_token={eos_token!r} is not in the tokenizer's vocabulary."
                 f"{did_you_mean(eos_token, tokenizer.all_special_tokens)}"
             )
         tokenizer.eos_token = eos_token
-    if chat_template_path is not None:
-        tokenizer.chat_template = _read_chat_template(chat_template_path, trust_remote_code)
     return tokenizer
+
+
+def grow_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Give `model` the closing token of `tokenizer`, and an embedding for every token of it.
+
+    New ones are drawn as in TRL, and fill the table up to a multiple of 64; a table that is long
+    enough stays as it is.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
 
 
 def is_distributed() -> bool:
@@ -299,13 +355,18 @@ def _first_line(error: Exception) -> str:
     return " ".join(lines[:2]) or type(error).__name__
 
 
-def _read_chat_template(path: str, trust_remote_code: bool) -> str:
+def _take_chat_template(tokenizer: Any, path: str, trust_remote_code: bool) -> None:
     if path.endswith((".jinja", ".j2")):
         file = Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(f"chat_template_path={path!r}: there is no such file.")
-        return file.read_text(encoding="utf-8")
-    template = load_tokenizer(path, trust_remote_code=trust_remote_code).chat_template
-    if not isinstance(template, str):
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        return
+    source = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    if not isinstance(source.chat_template, str):
         raise ConfigError(f"chat_template_path={path!r}: that tokenizer has no chat template.")
-    return template
+    tokenizer.chat_template = source.chat_template
+    known = tokenizer.get_vocab()
+    added = source.added_tokens_decoder.values()
+    tokenizer.add_tokens([token for token in added if token.content not in known])
+    tokenizer.eos_token = source.eos_token

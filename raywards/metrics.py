@@ -1,66 +1,40 @@
-"""Pair-weighted metrics of training: sums on the device, one reduction over the ranks per log.
+"""Metrics of training: sums on the device, one reduction over the ranks per log.
 
 Names are TRL's. Values are those of the pairs since the last log, each pair counted once: TRL
-averages batch means, calls a tie a loss, and reports means of minima.
+averages batch means, calls a tie a loss, and reports means of minima. Rankings are counted as the
+pairs in them, rated texts one by one.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
 from torch import Tensor
 
-_SUMS = ("pairs", "loss", "accuracy", "ties", "margin", "reward", "tokens")
 
+class Metrics(ABC):
+    """Named sums, and the extremes of the rewards; `compute` turns those of all ranks into values.
 
-class PairMetrics:
-    """Sums over pairs; `compute` turns those of all ranks into the values of a log record."""
+    `names` are those of the sums.
+    """
+
+    names: tuple[str, ...]
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.reset()
 
     def reset(self) -> None:
-        self._sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
+        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         # Kept as [-min, max], so that one maximum over the ranks serves both.
         self._extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=self.device)
         self._not_finite = torch.zeros(1, dtype=torch.int64, device=self.device)
 
-    def add(
-        self,
-        losses: Tensor,
-        chosen: Tensor,
-        rejected: Tensor,
-        probability: Tensor,
-        num_tokens: int,
-    ) -> None:
-        """Count P pairs: all but `num_tokens`, which counts both sides, are [P].
-
-        Accuracy is the share of judges that agree, of whom `probability` prefer chosen.
-        """
-        if losses.numel() == 0:
-            return
-        given = (losses, chosen, rejected, probability)
-        losses, chosen, rejected, probability = (x.detach().double() for x in given)
-        ties = (chosen == rejected).double()
-        agree = torch.where(chosen > rejected, probability, 1 - probability)
-        rewards = torch.cat([chosen, rejected])
-        self._sums += torch.stack(
-            [
-                torch.ones_like(losses).sum(),
-                losses.sum(),
-                torch.where(chosen == rejected, 0.5, agree).sum(),
-                ties.sum(),
-                (chosen - rejected).sum(),
-                rewards.sum(),
-                losses.new_tensor(num_tokens),
-            ]
-        )
-        extremes = torch.stack([-rewards.min(), rewards.max()])
-        self._extremes = torch.maximum(self._extremes, extremes)
-        self._not_finite += (~torch.isfinite(losses)).sum()
-
     def num_not_finite(self) -> Tensor:
-        """Pairs of this rank since `reset` whose loss is NaN or infinite, [1] int64."""
+        """Groups of this rank since `reset` whose loss is NaN or infinite, [1] int64."""
         return self._not_finite.clone()
 
     def gather_on_first_rank(self, rank: int) -> list[list[float]]:
@@ -85,24 +59,43 @@ class PairMetrics:
             self._extremes = torch.tensor(extremes, dtype=torch.float64, device=self.device)
 
     def compute(self) -> dict[str, float]:
-        """Values over the pairs of every rank since `reset`. A collective: every rank calls it."""
+        """Values over the groups of every rank since `reset`. A collective: every rank calls it."""
         totals, extremes = self._over_ranks()
-        sums = dict(zip(_SUMS, totals.tolist(), strict=True))
-        pairs = sums["pairs"]
-        if pairs == 0:
+        sums = dict(zip(self.names, totals.tolist(), strict=True))
+        if sums["groups"] == 0:
             return {"num_pairs": 0.0, "num_tokens": 0.0}
         negated_min, maximum = extremes.tolist()
         return {
-            "loss": sums["loss"] / pairs,
-            "accuracy": sums["accuracy"] / pairs,
-            "tie_rate": sums["ties"] / pairs,
-            "margin": sums["margin"] / pairs,
+            "loss": sums["loss"] / sums["groups"],
+            **self._values(sums),
             "min_reward": -negated_min,
-            "mean_reward": sums["reward"] / (2 * pairs),
+            "mean_reward": sums["reward"] / sums["rewards"],
             "max_reward": maximum,
-            "num_pairs": pairs,
+            "num_pairs": sums["groups"],
             "num_tokens": sums["tokens"],
         }
+
+    @abstractmethod
+    def add(self, *args: Any, **kwargs: Any) -> None:
+        """Count groups: what each objective has to say of them."""
+
+    @abstractmethod
+    def _values(self, sums: dict[str, float]) -> dict[str, float]:
+        """What this objective adds."""
+
+    def _add(self, losses: Tensor, rewards: Tensor, num_tokens: int, **sums: Tensor) -> None:
+        """Count groups with these losses [G] and rewards [S], and further sums."""
+        sums |= {
+            "groups": torch.ones_like(losses).sum(),
+            "loss": losses.sum(),
+            "reward": rewards.sum(),
+            "rewards": torch.ones_like(rewards).sum(),
+            "tokens": losses.new_tensor(num_tokens),
+        }
+        self._sums += torch.stack([sums[name] for name in self.names])
+        extremes = torch.stack([-rewards.min(), rewards.max()])
+        self._extremes = torch.maximum(self._extremes, extremes)
+        self._not_finite += (~torch.isfinite(losses)).sum()
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         """Sums and extremes of all ranks; those of this rank stay as they are."""
@@ -111,3 +104,109 @@ class PairMetrics:
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
         return sums, extremes
+
+
+class PairMetrics(Metrics):
+    """Of pairs, and of rankings as the pairs of different rank in them."""
+
+    names = (
+        *("groups", "loss", "reward", "rewards", "tokens"),
+        *("pairs", "accuracy", "ties", "margin"),
+    )
+
+    def add(
+        self,
+        losses: Tensor,
+        chosen: Tensor,
+        rejected: Tensor,
+        probability: Tensor,
+        num_tokens: int,
+        rewards: Tensor | None = None,
+    ) -> None:
+        """Count P pairs: `chosen`, `rejected` and `probability` are [P].
+
+        `losses` are those of G groups, for pairs these same; `rewards` those of S sequences,
+        default: of the pairs. `num_tokens` counts every sequence. Accuracy is the share of judges
+        that agree, of whom `probability` prefer chosen.
+        """
+        if losses.numel() == 0:
+            return
+        given = (losses, chosen, rejected, probability)
+        losses, chosen, rejected, probability = (x.detach().double() for x in given)
+        agree = torch.where(chosen > rejected, probability, 1 - probability)
+        rewards = torch.cat([chosen, rejected]) if rewards is None else rewards.detach().double()
+        self._add(
+            losses,
+            rewards,
+            num_tokens,
+            pairs=torch.ones_like(chosen).sum(),
+            accuracy=torch.where(chosen == rejected, 0.5, agree).sum(),
+            ties=(chosen == rejected).double().sum(),
+            margin=(chosen - rejected).sum(),
+        )
+
+    def _values(self, sums: dict[str, float]) -> dict[str, float]:
+        pairs = sums["pairs"]
+        if pairs == 0:  # rankings that are all ties
+            return {}
+        return {
+            "accuracy": sums["accuracy"] / pairs,
+            "tie_rate": sums["ties"] / pairs,
+            "margin": sums["margin"] / pairs,
+        }
+
+
+class RatingMetrics(Metrics):
+    """Of rated texts: errors of the scores that are there, correlation of reward and score."""
+
+    names = (
+        *("groups", "loss", "reward", "rewards", "tokens"),
+        *("scores", "absolute", "squared"),
+        *("whole", "x", "y", "xx", "yy", "xy"),
+    )
+
+    def add(
+        self, losses: Tensor, predicted: Tensor, scores: Tensor, weights: Tensor, num_tokens: int
+    ) -> None:
+        """Count R rated texts: `losses` are [R], `predicted` and `scores` [R, A], `weights` [A].
+
+        NaN is a score that nobody gave. The reward of a text is the weighted sum of what is
+        predicted; it is correlated with that of the scores, over texts that have them all.
+        """
+        if losses.numel() == 0:
+            return
+        losses, predicted, scores, weights = (
+            given.detach().double() for given in (losses, predicted, scores, weights)
+        )
+        given = ~scores.isnan()
+        errors = torch.where(given, predicted - scores, 0.0)
+        whole = given.all(1)
+        rewards = predicted @ weights
+        x = torch.where(whole, rewards, 0.0)
+        y = torch.where(whole, scores @ weights, 0.0)
+        self._add(
+            losses,
+            rewards,
+            num_tokens,
+            scores=given.sum().double(),
+            absolute=errors.abs().sum(),
+            squared=(errors**2).sum(),
+            whole=whole.sum().double(),
+            x=x.sum(),
+            y=y.sum(),
+            xx=(x * x).sum(),
+            yy=(y * y).sum(),
+            xy=(x * y).sum(),
+        )
+
+    def _values(self, sums: dict[str, float]) -> dict[str, float]:
+        values = {
+            "mse": sums["squared"] / sums["scores"],
+            "mae": sums["absolute"] / sums["scores"],
+        }
+        n, x, y = sums["whole"], sums["x"], sums["y"]
+        spreads = n * sums["xx"] - x * x, n * sums["yy"] - y * y
+        # Of what is constant but for rounding there is no correlation.
+        if spreads[0] > 1e-12 * n * sums["xx"] and spreads[1] > 1e-12 * n * sums["yy"]:
+            values["pearson"] = (n * sums["xy"] - x * y) / math.sqrt(spreads[0] * spreads[1])
+        return values

@@ -1,6 +1,7 @@
 """RewardModel: one forward for training, evaluation, Scorer and replicas.
 
-It wraps a transformers sequence classifier with one label and takes `PackedRow`s. How it computes
+It wraps a transformers sequence classifier with one label, or in training one for each attribute
+(`heads`), and takes `PackedRow`s. How it computes
 them is its `path`, the first of these that gives what the model's own forward gives:
 
     packed   our attention: common prefixes once, no padding, the last layer at pooled rows alone
@@ -33,7 +34,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "attention", "indexed_atten
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer to one output that computes in fp32 whatever the type of its weights.
+    """A linear layer to one output, or few, that computes in fp32 whatever the type of its weights.
 
     A bf16 head rounds rewards to 8 bits: near 10, one pair in twenty ties. A product and a sum
     instead of a GEMM: a reward then has the same bits beside any number of others.
@@ -41,7 +42,9 @@ class Float32Linear(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            reward = (hidden.float() * self.weight[0].float()).sum(-1, keepdim=True)
+            hidden = hidden.float()
+            rewards = [(hidden * row).sum(-1, keepdim=True) for row in self.weight.float()]
+            reward = rewards[0] if len(rewards) == 1 else torch.cat(rewards, -1)
             return reward if self.bias is None else reward + self.bias.float()
 
 
@@ -60,7 +63,7 @@ class RewardModel(nn.Module):
         # A long sequence switches the attention of the whole model while it is computed.
         self._one_at_a_time = threading.RLock()
         head = getattr(inner, "score", None)
-        self.pools_by_position = isinstance(head, nn.Linear) and head.out_features == 1
+        self.pools_by_position = isinstance(head, nn.Linear)
         self.path: Path = "packed"
         self._stock_attention = inner.config._attn_implementation
         self.max_tokens = families.longest_exact(inner.config.get_text_config())
@@ -104,7 +107,7 @@ class RewardModel(nn.Module):
         return self.inner
 
     def forward(self, row: PackedRow) -> Tensor:
-        """Rewards [S] in fp32. Threads wait for each other.
+        """Rewards [S] in fp32, or [S, A] where the head has A outputs. Threads wait for each other.
 
         Raises `ModelError` where a sequence is longer than `max_tokens`.
         """
@@ -125,7 +128,7 @@ class RewardModel(nn.Module):
             hidden = self._hidden(row, self._mask_of(row))
         else:
             return self._padded(row)
-        return cast(Tensor, self.inner.score(hidden[0, row.pooled])[:, 0])
+        return _one_or_all(self.inner.score(hidden[0, row.pooled]))
 
     @property
     def _backbone(self) -> Any:
@@ -146,7 +149,7 @@ class RewardModel(nn.Module):
         with self._stock():
             if not self.pools_by_position:
                 output = self.inner(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-                return cast(Tensor, output.logits[:, 0].float())
+                return _one_or_all(output.logits.float())
             # When activations are recomputed, in the backward, our attention is in place again: it
             # is told then what to stand in for.
             stand_in = {LAYOUT: Stock(self._stock_attention)} if self.path == "packed" else {}
@@ -157,7 +160,7 @@ class RewardModel(nn.Module):
                 **stand_in,
             ).last_hidden_state
         pooled = hidden[torch.arange(len(batch.pooled), device=hidden.device), batch.pooled]
-        return cast(Tensor, self.inner.score(pooled)[:, 0])
+        return _one_or_all(self.inner.score(pooled))
 
     # ---- which path
 
@@ -240,10 +243,17 @@ def stock_forward(model: RewardModel) -> Iterator[Any]:
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout probability to zero: of `nn.Dropout`, and what a forward reads itself.
 
-    TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them.
+    TRL sets the first alone; attention reads its own (`attention_dropout`), OPT all of them. The
+    one that TRL should not set is kept: LoRA's, which was asked for by its name (`lora_dropout`).
     """
+    kept = {module for name, module in model.named_modules() if "lora_dropout" in name.split(".")}
     for module, name in _dropouts(model):
-        setattr(module, name, 0.0)
+        if module not in kept:
+            setattr(module, name, 0.0)
+
+
+def _one_or_all(outputs: Tensor) -> Tensor:
+    return outputs[:, 0] if outputs.shape[1] == 1 else outputs
 
 
 def _drops_out(model: nn.Module) -> bool:

@@ -3,8 +3,9 @@
     sequences ─group─► prefix + branches ─plan─► rows of bounded cost ─pack─► PackedRow
 
 A row holds groups end to end; a group is a common prefix, stored once, and its branches. Training
-shares what the sides of a pair have in common. Scoring splits a sequence at a place that depends on
-that sequence alone, so that who else is in the row changes nothing but the speed.
+shares what the sides of a pair have in common, or all responses of a ranking. Scoring splits a
+sequence at a place that depends on that sequence alone, so that who else is in the row changes
+nothing but the speed.
 
 The unit of training is the global batch: the pairs of one optimizer step over all workers. Its
 members follow from (seed, epoch, step) alone; how they are dealt to workers and rows changes
@@ -14,11 +15,14 @@ nothing but the speed.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = Sequence[int]
@@ -169,14 +173,18 @@ def pack(
     )
 
 
-def pack_pairs(chosen: Sequence[Ids], rejected: Sequence[Ids]) -> PackedRow:
-    """P pairs in one row, each a group; rewards come as [P, 2], flattened: chosen, rejected, ..."""
-    sequences = [side for pair in zip(chosen, rejected, strict=True) for side in pair]
-    groups = [
-        Group(common_prefix(sequences[i], sequences[i + 1]), (i, i + 1))
-        for i in range(0, len(sequences), 2)
-    ]
-    return pack(sequences, groups)
+def pack_groups(groups: Sequence[Sequence[Ids]]) -> PackedRow:
+    """Groups of sequences in one row, each with its longest common prefix stored once.
+
+    Rewards come group by group: for pairs chosen, rejected, chosen, ...
+    """
+    sequences = [ids for group in groups for ids in group]
+    members = iter(range(len(sequences)))
+    return pack(
+        sequences,
+        [Group(shared_prefix(group), tuple(itertools.islice(members, len(group))))
+         for group in groups],
+    )  # fmt: skip
 
 
 def pack_alone(sequences: Sequence[Ids], *, skip_id: int | None = None) -> PackedRow:
@@ -205,6 +213,11 @@ def common_prefix(one: Ids, other: Ids) -> int:
         else:
             high = middle
     return low
+
+
+def shared_prefix(group: Sequence[Ids]) -> int:
+    """How many tokens all sequences of a group begin with in common; 0 for a sequence alone."""
+    return min((common_prefix(group[0], other) for other in group[1:]), default=0)
 
 
 def _pooled_layout(segments: Sequence[Segment], pooled: Sequence[int]) -> Layout:
@@ -322,27 +335,67 @@ class TrainPlan:
     seed: int
     shuffle: bool = True
     drop_last: bool = False
+    mixture: tuple[tuple[int, float], ...] = ()
+    """Pairs and weight of each source, in the order of the pairs; empty: all weigh 1.
+
+    An epoch trains each pair of a source `weight` times: with 0.5 half of them, and the others in
+    the next epoch. After any number of epochs no pair of a source is more than one time ahead.
+    """
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        if not self.mixture:
+            return self.num_pairs
+        return sum(_rounds(count, weight) for count, weight in self.mixture)
 
     @property
     def steps_per_epoch(self) -> int:
-        whole, rest = divmod(self.num_pairs, self.global_batch)
+        whole, rest = divmod(self.pairs_per_epoch, self.global_batch)
         return whole if self.drop_last or not rest else whole + 1
 
-    def order(self, epoch: int) -> list[int]:
-        """Indices of the pairs in the order in which `epoch` trains them."""
+    def order(self, epoch: int) -> NDArray[numpy.int64]:
+        """Indices of the pairs in the order in which `epoch` trains them. [pairs_per_epoch]"""
+        pairs = self._mixed(epoch) if self.mixture else None
         if not self.shuffle:
-            return list(range(self.num_pairs))
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_pairs, generator=generator).tolist()
+            return numpy.arange(self.num_pairs) if pairs is None else pairs
+        order = _permutation(self.pairs_per_epoch, self.seed + epoch)
+        return order if pairs is None else pairs[order]
 
     def steps(self, first: int, total: int) -> Iterator[tuple[int, list[int]]]:
-        """(step, indices of its global batch) for every step from `first` up to `total`."""
-        order: list[int] = []
+        """(step, indices of its global batch) for every step from `first` up to `total`.
+
+        To begin in the middle costs no more than to begin an epoch.
+        """
+        order = None
         for step in range(first, total):
             epoch, inside = divmod(step, self.steps_per_epoch)
-            if not order or inside == 0:
+            if order is None or inside == 0:
                 order = self.order(epoch)
-            yield step, order[inside * self.global_batch : (inside + 1) * self.global_batch]
+            start = inside * self.global_batch
+            yield step, order[start : start + self.global_batch].tolist()
+
+    def _mixed(self, epoch: int) -> NDArray[numpy.int64]:
+        """The pairs of an epoch, source by source, each as often as its weight says."""
+        parts = []
+        start = 0
+        for count, weight in self.mixture:
+            times, rest = divmod(_rounds(count, weight), count)
+            parts += times * [numpy.arange(start, start + count)]
+            if rest:  # a window that moves over a fixed permutation, epoch by epoch
+                window = (epoch * rest + numpy.arange(rest)) % count
+                parts.append(start + numpy.sort(_permutation(count, self.seed)[window]))
+            start += count
+        return numpy.concatenate(parts)
+
+
+def _rounds(count: int, weight: float) -> int:
+    """How many pairs of a source of `count` an epoch trains: at least one."""
+    return max(1, round(count * weight))
+
+
+def _permutation(count: int, seed: int) -> NDArray[numpy.int64]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator).numpy()
 
 
 def deal(
@@ -380,7 +433,11 @@ def deal(
 
 
 def deal_batches(
-    indices: Sequence[int], lengths: Sequence[int], *, num_ranks: int, per_forward: int
+    indices: Sequence[int],
+    lengths: Sequence[int] | Mapping[int, int],
+    *,
+    num_ranks: int,
+    per_forward: int,
 ) -> list[list[list[int]]]:
     """The same for a model that pads: `per_forward` pairs of like length share a forward.
 

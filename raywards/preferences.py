@@ -30,14 +30,14 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 from raywards.errors import ConversationError, RowError, did_you_mean
 from raywards.rendering import Rendering, truncate
-from raywards.sources import Row, RowRef, refuse_row, show
+from raywards.rowset import Row, RowRef, refuse_row, show
 
 PairTruncation: TypeAlias = Literal["drop", "left", "right"]
 
 REASONS: dict[str, str] = {
     "not_json": "a line or file is not JSON",
     "not_object": "a row is not a JSON object",
-    "missing_field": "chosen or rejected is missing or None",
+    "missing_field": "a field that is needed, such as chosen or rejected, is missing or None",
     "not_text": "a field is neither text nor a list of messages",
     "mixed_types": "prompt, chosen and rejected are not of one kind",
     "empty": "a text, a conversation or a list of ids is empty",
@@ -56,6 +56,13 @@ REASONS: dict[str, str] = {
     "bad_probability": "probability is not a number from 0 to 1",
     "missing_probability": "probability is missing, and other rows have one",
     "bad_ids": "token ids are not integers from the tokenizer's vocabulary",
+    "other_objective": "the row is of a kind that another objective takes",
+    "bad_responses": "responses is not a list of two or more",
+    "bad_ranks": "ranks is not a list of finite numbers, one for each response",
+    "tied_ranks": "two ranks are equal, and objective is plackett_luce",
+    "bad_score": "a score is not a finite number",
+    "missing_score": "a text has no score",
+    "two_texts": "text stands beside prompt or response, so it is not clear what is rated",
 }
 
 # Columns of numbers: least, most, what is expected, and what changes nothing.
@@ -73,6 +80,10 @@ class Pair:
     rejected_ids: list[int]
     margin: float | None = None
     probability: float | None = None
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
 
 
 def encode_row(
@@ -146,14 +157,30 @@ def _number(row: Row, where: RowRef, name: str, required: bool) -> float | None:
             seen = "is missing or None, but other rows have one"
             refuse_row(where, name, f"missing_{name}", seen, expected, todo)
         return None
+    return read_number(given, where, name, expected, low=low, high=high)
+
+
+def read_number(
+    given: Any,
+    where: RowRef,
+    name: str,
+    expected: str,
+    reason: str = "",
+    *,
+    prefix: str = "is ",
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> float:
+    """`given` as a finite float from `low` to `high`, or a refusal as `reason` or `bad_NAME`."""
+    reason = reason or f"bad_{name}"
     if isinstance(given, bool) or not isinstance(given, numbers.Real):
-        refuse_row(where, name, f"bad_{name}", f"is {show(given)}", expected)
+        refuse_row(where, name, reason, prefix + show(given), expected)
     try:
         value = float(given)
     except OverflowError:
         value = math.inf
     if not (math.isfinite(value) and low <= value <= high):
-        refuse_row(where, name, f"bad_{name}", f"is {value!r}", expected)
+        refuse_row(where, name, reason, f"{prefix}{value!r}", expected)
     return value
 
 
@@ -202,8 +229,19 @@ def _checked_ids(ids: Any, field: str, where: RowRef, rendering: Rendering) -> l
 
 
 def _rendered_ids(row: Row, where: RowRef, rendering: Rendering) -> tuple[list[int], list[int]]:
-    answers = [_answer(row, name, where) for name in ("chosen", "rejected")]
-    fields = dict(zip(("chosen", "rejected"), answers, strict=True))
+    answers = {name: row.get(name) for name in ("chosen", "rejected")}
+    chosen, rejected = render_answers(row, where, rendering, answers)
+    return chosen, rejected
+
+
+def render_answers(
+    row: Row, where: RowRef, rendering: Rendering, answers: Mapping[str, Any]
+) -> list[list[int]]:
+    """The ids of each of a row's `answers`, by the name of its field, behind the row's `prompt`.
+
+    All are texts, or all are lists of messages. Raises `RowError`.
+    """
+    fields = {name: _answer(row, name, value, where) for name, value in answers.items()}
     prompt = row.get("prompt")
     if prompt is not None:
         if not isinstance(prompt, (str, list, tuple)):
@@ -212,36 +250,34 @@ def _rendered_ids(row: Row, where: RowRef, rendering: Rendering) -> tuple[list[i
         fields = {"prompt": prompt, **fields}
     kinds = {name: isinstance(value, str) for name, value in fields.items()}
     if len(set(kinds.values())) > 1:
-        _refuse_mixed(where, kinds)
+        _refuse_mixed(where, kinds, list(answers))
     front: list[Any] = [] if prompt is None else [prompt]
-    if kinds["chosen"]:
-        texts = ["".join([*front, answer]) for answer in answers]
-        options: dict[str, Any] | None = None
-    else:
-        conversations = [[m for part in [*front, answer] for m in part] for answer in answers]
+    options: dict[str, Any] | None = None
+    if not any(kinds.values()):
         options = {
             "tools": _tools(row, where),
             "chat_template_kwargs": row.get("chat_template_kwargs"),
         }
-    sides: list[list[int]] = []
-    for side, name in enumerate(("chosen", "rejected")):
+    sequences: list[list[int]] = []
+    for name in answers:
+        parts = [*front, fields[name]]
         try:
             if options is None:
-                sides.append(rendering.encode_text(texts[side]))
+                sequences.append(rendering.encode_text("".join(parts)))
             else:
-                sides.append(rendering.encode_conversation(conversations[side], **options))
+                conversation = [message for part in parts for message in part]
+                sequences.append(rendering.encode_conversation(conversation, **options))
         except ConversationError as error:
             _refuse_conversation(error, where, name, 0 if prompt is None else len(prompt))
-    return sides[0], sides[1]
+    return sequences
 
 
-def _answer(row: Row, name: str, where: RowRef) -> Any:
-    """The row's `chosen` or `rejected`: text or a list, not empty."""
-    value = row.get(name)
+def _answer(row: Row, name: str, value: Any, where: RowRef) -> Any:
+    """`value`, which the row has in its field `name`: text or a list, not empty."""
     expected = "text, or a list of messages such as {'role': 'assistant', 'content': 'Hi'}"
     if value is None:
         columns = [column for column in row if isinstance(column, str) and column != name]
-        if name in row:
+        if name.partition("[")[0] in row:  # `responses[2]` is of `responses`
             seen, todo = "is None", "remove the row, or fill it in"
         else:
             near = [column for column in columns if column not in ("chosen", "rejected", "prompt")]
@@ -272,12 +308,10 @@ def _tools(row: Row, where: RowRef) -> Any:
         refuse_row(where, "tools", "bad_tools", f"is not JSON ({error}): {show(tools)}", expected)
 
 
-def _refuse_mixed(where: RowRef, kinds: dict[str, bool]) -> NoReturn:
+def _refuse_mixed(where: RowRef, kinds: dict[str, bool], answers: list[str]) -> NoReturn:
     words = {True: "text", False: "a list of messages"}
-    odd = next(
-        (name for name in ("chosen", "rejected") if kinds[name] != kinds["chosen"]), "prompt"
-    )
-    rest = [f"{name} {words[kind]}" for name, kind in kinds.items() if name != odd]
+    odd = next((name for name in answers if kinds[name] != kinds[answers[0]]), "prompt")
+    rest = [f"{name} {words[kind]}" for name, kind in kinds.items() if name != odd][:2]
     refuse_row(
         where,
         odd,

@@ -2,67 +2,24 @@
 
     source ─read_rows─► RowSet ─row─► encode_row (preferences.py)
 
-Each row keeps its place (`RowRef`), so that whoever refuses it can name file, row and line.
+A `RowSet` (rowset.py) reads rows as they are needed.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import reprlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from glob import glob
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn
 
-from raywards.errors import ConfigError, RowError, did_you_mean
-
-Row: TypeAlias = Mapping[str, Any]
+from raywards.errors import ConfigError, did_you_mean
+from raywards.rowset import Lines, RowRef, RowSet, as_row, parse, show
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
-
-class RowRef(NamedTuple):
-    """Where a row stands. `row` counts from 0; `line` counts from 1 and exists for line files."""
-
-    source: str
-    row: int
-    line: int | None = None
-
-    def __str__(self) -> str:
-        line = "" if self.line is None else f" (line {self.line})"
-        return f"{self.source} row {self.row}{line}"
-
-
-@dataclass(frozen=True)
-class RowSet:
-    """The rows of one file or one dataset.
-
-    `rows` is a `datasets.Dataset` (memory-mapped: costs little memory) or, for JSON and JSONL, a
-    list of Python objects: several times the file's size in memory. Turn a JSON file of many
-    gigabytes into Parquet first.
-    """
-
-    name: str
-    rows: Sequence[Row]
-    lines: Sequence[int] | None = None  # [rows]; the line of each row, for line files
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def where(self, row: int) -> RowRef:
-        return RowRef(self.name, row, None if self.lines is None else self.lines[row])
-
-    def has(self, column: str) -> bool:
-        """Whether some row has a value there. Reads no other column."""
-        if isinstance(self.rows, list):
-            return any(row.get(column) is not None for row in self.rows)
-        dataset: Any = self.rows
-        if column not in dataset.column_names:
-            return False
-        return any(row[column] is not None for row in dataset.select_columns([column]))
+_LOOKED_AT = 4096  # bytes, to tell a list from lines
 
 
 def read_rows(
@@ -70,17 +27,25 @@ def read_rows(
 ) -> list[RowSet]:
     """Open a source, or a list of sources, as sets of rows, in the order given.
 
-    A source is a `datasets.Dataset`, a `DatasetDict` (its `split`), a path or glob of .jsonl, .json
-    or .parquet files, a folder of such files, a folder written by `save_to_disk`, or a hub id. What
-    looks like a path is never looked up on the hub; `config` names the configuration of a dataset
-    there. A `RowSet` is taken as it is.
+    A source is a `datasets.Dataset`, a `DatasetDict` (its `split`), a stream of either kind, a path
+    or glob of .jsonl, .json or .parquet files, a folder of such files, a folder written by
+    `save_to_disk`, or a hub id. What looks like a path is never looked up on the hub; `config`
+    names the configuration of a dataset there. A `RowSet` is taken as it is. A mapping gives its
+    sources names.
 
     What has no splits gives all of its rows, unless `strict_split`: then it is refused, so that no
     training rows pass for held-out ones.
 
-    Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a line
-    that is not a JSON object.
+    Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a list of
+    rows that are no JSON objects; a line of a file is parsed when it is read.
     """
+    if _names_sources(source):
+        return [
+            rows.of_group(str(group), str(group) if len(sets) == 1 else f"{group}/{rows.name}")
+            for group, one in source.items()
+            for sets in [read_rows(one, split=split, config=config, strict_split=strict_split)]
+            for rows in sets
+        ]
     several = isinstance(source, (list, tuple))
     sources = source if several else [source]
     if not sources:
@@ -90,35 +55,18 @@ def read_rows(
         name = f"dataset[{index}]" if several else "dataset"
         sets += _open(one, _Split(split, strict_split), name, config)
     for rows in sets:
-        if not len(rows):
+        if not rows.is_stream and not len(rows):
             raise ConfigError(f"{rows.name} has no rows: there is nothing to train on in it.")
     return sets
 
 
-def refuse_row(
-    where: RowRef, field: str, reason: str, seen: str, expected: str, todo: str = ""
-) -> NoReturn:
-    """Raise the `RowError` of one field. `reason` is a key of `preferences.REASONS`."""
-    lines = [f"{where}: {field} {seen}", f"  expected: {expected}", f"  to do:    {todo}"]
-    raise RowError(
-        "\n".join(lines if todo else lines[:2]), **where._asdict(), field=field, reason=reason
-    )
+def _names_sources(source: Any) -> bool:
+    """Whether a source is a mapping of names to sources, and no dataset or column of one."""
+    if not isinstance(source, Mapping) or not source or {"chosen", "rejected"} <= source.keys():
+        return False
+    import datasets
 
-
-def show(value: object) -> str:
-    """`float 3.5`, `str 'some long te...text'`: kind and a short look."""
-    if value is None:
-        return "None"
-    look = _short.repr(value)
-    if len(look) > _LONGEST_LOOK:
-        look = look[: _LONGEST_LOOK - 3] + "..."
-    return f"{type(value).__name__} {look}"
-
-
-_LONGEST_LOOK = 120  # SECURITY.md says so
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 60
-_short.maxlist = _short.maxdict = _short.maxlevel = 3
+    return not isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict))
 
 
 class _Split(NamedTuple):
@@ -141,20 +89,13 @@ def _open(source: Any, split: _Split, name: str, config: str | None) -> list[Row
         return _open_name(source, split, config)
     import datasets
 
-    if isinstance(source, datasets.Dataset):
+    if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         split.check_splitless(name)
         # A torch or numpy format would hand out tensors where rows hold lists.
         return [RowSet(name, source.with_format(None))]
-    if isinstance(source, datasets.DatasetDict):
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         rows = _pick(source, split.name, name).with_format(None)
         return [RowSet(f"{name}[{split.name!r}]", rows)]
-    if isinstance(source, (datasets.IterableDataset, datasets.IterableDatasetDict)):
-        raise ConfigError(
-            f"{name} is a {type(source).__name__}. Rows are encoded once, counted and shuffled "
-            "before training, and a stream has neither a length nor a place to come back to.\n"
-            "  to do: take what you need into a table:\n"
-            "         datasets.Dataset.from_list(list(stream.take(100_000)))"
-        )
     hint = " A list of rows becomes a source with datasets.Dataset.from_list(rows)."
     raise ConfigError(
         f"{name} is {show(source)}; expected a datasets.Dataset or DatasetDict, a path, a folder "
@@ -284,7 +225,7 @@ def _open_files(files: Iterable[Path]) -> list[RowSet]:
 
 def _open_file(path: Path, name: str) -> RowSet:
     if path.suffix == ".jsonl":
-        return _read_lines(path, name)
+        return RowSet(name, Lines.open(path, name))
     if path.suffix == ".json":
         return _read_json(path, name)
     if path.suffix == ".parquet":
@@ -300,56 +241,14 @@ def _open_file(path: Path, name: str) -> RowSet:
     )
 
 
-def _read_lines(path: Path, name: str) -> RowSet:
-    rows: list[Row] = []
-    lines: list[int] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                where = RowRef(name, len(rows), number)
-                rows.append(_as_row(_parse(raw.rstrip(), where), where))
-                lines.append(number)
-    return RowSet(name, rows, lines)
-
-
 def _read_json(path: Path, name: str) -> RowSet:
     """A list of rows. Files named .json that hold one object a line are common: those too."""
-    raw = path.read_bytes()
-    if not raw.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return _read_lines(path, name)
-    rows = _parse(raw, RowRef(name, 0))
-    return RowSet(name, [_as_row(row, RowRef(name, index)) for index, row in enumerate(rows)])
-
-
-def _parse(raw: bytes, where: RowRef) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
-    except UnicodeDecodeError as error:
-        seen = f"is not UTF-8: byte {raw[error.start]:#04x} at {error.start}"
-    except json.JSONDecodeError as error:
-        near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-        seen = f"is not JSON: {error.msg} at line {(where.line or 1) + error.lineno - 1}, "
-        seen += f"column {error.colno}, near {near!r}"
-    except (ValueError, RecursionError) as error:
-        seen = f"is not usable JSON: {error}"
-    expected = "one JSON object a line, or a list of objects (.json)"
-    refuse_row(where, "row", "not_json", seen, expected)
-
-
-def _as_row(value: Any, where: RowRef) -> Row:
-    if isinstance(value, dict):
-        return value
-    expected = 'an object such as {"chosen": "...", "rejected": "..."}'
-    refuse_row(where, "row", "not_object", f"is {show(value)}", expected)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} appears twice in one object")
-    return row
+    with path.open("rb") as file:
+        start = file.read(_LOOKED_AT).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        return RowSet(name, Lines.open(path, name))
+    rows = parse(path.read_bytes(), RowRef(name, 0))
+    return RowSet(name, [as_row(row, RowRef(name, index)) for index, row in enumerate(rows)])
 
 
 def _open_hub(name: str, split: str, config: str | None) -> RowSet:

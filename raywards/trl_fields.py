@@ -1,4 +1,4 @@
-"""Settings of TRL's `RewardConfig` that raywards does not take, and what to use instead.
+"""Settings and methods of TRL's that raywards does not have, and what to use instead.
 
 A setting is refused by name, never ignored. Where TRL's default means what raywards does anyway,
 that value (`neutral`) is accepted, so that a script which spells the default out still runs.
@@ -27,9 +27,6 @@ REFUSED: dict[str, Refused] = {
     ),
     "activation_checkpointing": Refused("Use `gradient_checkpointing`.", (None,)),
     "activation_checkpointing_kwargs": Refused("Use `gradient_checkpointing_kwargs`.", (None,)),
-    "activation_offloading": Refused(
-        "Use `gradient_checkpointing`, or ZeRO offload in the `deepspeed` dict.", (False,)
-    ),
     "auto_find_batch_size": Refused("Set `per_device_train_batch_size`.", (False,)),
     "average_tokens_across_devices": Refused(
         "The loss is the mean over the pairs of the global batch at any world size.", (True,)
@@ -64,7 +61,6 @@ REFUSED: dict[str, Refused] = {
     "fsdp": Refused(_ONE_BACKEND, (None, "", [])),
     "fsdp_config": Refused(_ONE_BACKEND, (None,)),
     "full_determinism": Refused(_NOT_YET, (False,)),
-    "greater_is_better": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "hub_always_push": Refused("`push_to_hub` uploads the export once, at the end.", (False,)),
     "hub_strategy": Refused(
         "`push_to_hub` uploads the export once, at the end.", ("end", "every_save")
@@ -77,15 +73,13 @@ REFUSED: dict[str, Refused] = {
         "Use `label_smoothing`: a factor spreads over both classes, so 0.2 is 0.1 there.", (0, 0.0)
     ),
     "length_column_name": Refused(_OWN_DATA_PLAN, ("length",)),
-    "liger_kernel_config": Refused(_NOT_YET, (None,)),
-    "load_best_model_at_end": Refused("Keeping the best checkpoint is not built yet.", (False,)),
+    "liger_kernel_config": Refused("Liger's RMSNorm and SwiGLU are used; leave it out.", (None,)),
     "local_rank": Refused("Ray Train places the workers; set `num_workers`.", (-1,)),
     "log_level": Refused(_LOGS, ("passive",)),
     "log_level_replica": Refused(_LOGS, ("warning",)),
     "log_on_each_node": Refused(_LOGS, (True,)),
     "logging_nan_inf_filter": Refused("A loss that is not finite stops the run.", (True, False)),
     "logging_strategy": Refused("Use `logging_steps`.", ("steps",)),
-    "metric_for_best_model": Refused("Keeping the best checkpoint is not built yet.", (None,)),
     "neftune_noise_alpha": Refused("Noise in the embeddings is not supported.", (None,)),
     "optim": Refused(
         "AdamW (torch, fused) is the optimizer.", ("adamw_torch_fused", "adamw_torch")
@@ -113,5 +107,49 @@ REFUSED: dict[str, Refused] = {
     "torch_compile_mode": Refused(_NOT_YET, (None,)),
     "torch_empty_cache_steps": Refused(_NOT_YET, (None,)),
     "use_cache": Refused("Training keeps no key-value cache.", (False,)),
-    "use_liger_kernel": Refused(_NOT_YET, (False,)),
+}
+
+_OWN_LOOP = "The loop is `raywards/train/loop.py`; its losses are set by fields of `RewardConfig`."
+_OWN_OPTIMIZER = "AdamW and its schedule are set by fields of `RewardConfig`."
+_CALLBACKS = "Read `state.log_history` or `metrics.jsonl`; callbacks are not built yet."
+_PAIRS = "Pairs are planned over the whole cluster; `prepared/` in the run folder holds them."
+
+REFUSED_METHODS: dict[str, str] = {
+    "add_callback": _CALLBACKS,
+    "autocast_smart_context_manager": "Set `bf16`.",
+    "call_model_init": "Start one run for each model.",
+    "compute_loss": _OWN_LOOP,
+    "compute_loss_context_manager": _OWN_LOOP,
+    "create_accelerator_and_postprocess": "raywards trains with DeepSpeed, without accelerate.",
+    "create_model_card": "It is not built yet; `export/raywards.json` tells how a model was made.",
+    "create_optimizer": _OWN_OPTIMIZER,
+    "create_optimizer_and_scheduler": _OWN_OPTIMIZER,
+    "create_scheduler": _OWN_OPTIMIZER,
+    "evaluation_loop": "Call `evaluate()`.",
+    "floating_point_ops": "Take 6 x parameters x `num_tokens`.",
+    "get_batch_samples": _PAIRS,
+    "get_cp_size": "Context parallelism is not supported.",
+    "get_decay_parameter_names": "Weight decay is on matrices only, as in transformers.",
+    "get_eval_dataloader": _PAIRS,
+    "get_learning_rates": "`learning_rate` is in every record of `state.log_history`.",
+    "get_num_trainable_parameters": "Count the parameters of `model`.",
+    "get_optimizer_cls_and_kwargs": _OWN_OPTIMIZER,
+    "get_optimizer_group": _OWN_OPTIMIZER,
+    "get_sp_size": "Sequence parallelism is not supported.",
+    "get_test_dataloader": _PAIRS,
+    "get_total_train_batch_size": "Multiply `per_device_train_batch_size`, "
+    "`gradient_accumulation_steps` and `num_workers`.",
+    "get_tp_size": "Tensor parallelism is not supported.",
+    "get_train_dataloader": _PAIRS,
+    "hyperparameter_search": "Start one run for each setting, each with its own `output_dir`.",
+    "init_hf_repo": "`push_to_hub()` makes the repository.",
+    "log": "Append to `state.log_history`.",
+    "num_examples": "`train()` returns `num_pairs`.",
+    "pop_callback": _CALLBACKS,
+    "predict": "Use `Scorer` on the export.",
+    "prediction_step": "Use `Scorer` on the export.",
+    "remove_callback": _CALLBACKS,
+    "set_initial_training_values": _OWN_LOOP,
+    "store_flos": "Take 6 x parameters x `num_tokens`.",
+    "training_step": _OWN_LOOP,
 }

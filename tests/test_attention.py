@@ -16,7 +16,7 @@ from torch import Tensor
 from raywards import attention
 from raywards.attention import LAYOUT, NAME, UnsupportedAttention, attend
 from raywards.model import RewardModel
-from raywards.packing import Group, Layout, PackedRow, pack, pack_alone, pack_pairs
+from raywards.packing import Group, Layout, PackedRow, pack, pack_alone, pack_groups
 
 pytestmark = pytest.mark.trains
 
@@ -352,7 +352,7 @@ def test_positions_that_start_again_are_not_enough_for_stock_transformers() -> N
     """[prompt | chosen | rejected] with the right positions, and no mask and no layout."""
     inner = make("Qwen2")
     right = alone(inner, PAIR)
-    row = pack_pairs([PAIR[0]], [PAIR[1]])
+    row = pack_groups([PAIR])
     hidden = inner.model(
         input_ids=row.input_ids[None], position_ids=row.positions[None], use_cache=False
     ).last_hidden_state
@@ -370,7 +370,7 @@ def test_a_window_shorter_than_a_sequence_takes_the_padded_path(
     inner = make("Mistral", sliding_window=window)
     right = alone(inner, PAIR)
     model = RewardModel(inner)
-    row = pack_pairs([PAIR[0]], [PAIR[1]])
+    row = pack_groups([PAIR])
     assert row.layout.longest_path == 21
     assert off(model(row), right) < 1e-5
     # The guard of the model taken away, that of attention speaks; both away, rewards are wrong.
@@ -386,7 +386,7 @@ def test_a_window_as_long_as_the_longest_sequence_cuts_nothing() -> None:
     inner = make("Mistral", sliding_window=21)
     right = alone(inner, PAIR)
     model = RewardModel(inner)
-    row = pack_pairs([PAIR[0]], [PAIR[1]])
+    row = pack_groups([PAIR])
     assert model._path_of(row) == "packed"
     assert off(model(row), right) < 1e-5
     assert len(row.input_ids) > 21  # the row is longer than the window, and may be
@@ -396,7 +396,7 @@ def test_a_window_as_long_as_the_longest_sequence_cuts_nothing() -> None:
 def test_capped_scores_are_refused_and_would_be_wrong(no_guard: None) -> None:
     inner = make("Gemma2", attn_logit_softcapping=1.0)
     right = alone(inner, PAIR)
-    wrong = packed_rewards(inner, pack_pairs([PAIR[0]], [PAIR[1]]))
+    wrong = packed_rewards(inner, pack_groups([PAIR]))
     assert off(wrong, right) > 1e-3
 
 
@@ -407,7 +407,7 @@ def test_sinks_are_refused_and_would_be_wrong(no_guard: None) -> None:
         for layer in inner.model.layers:
             layer.self_attn.sinks.fill_(2.0)
     right = alone(inner, PAIR)
-    wrong = packed_rewards(inner, pack_pairs([PAIR[0]], [PAIR[1]]))
+    wrong = packed_rewards(inner, pack_groups([PAIR]))
     assert off(wrong, right) > 1e-3
 
 
@@ -415,7 +415,7 @@ def test_dropout_of_attention_takes_the_padded_path_in_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = RewardModel(make("Qwen2", attention_dropout=0.5)).eval()
-    row = pack_pairs([PAIR[0]], [PAIR[1]])
+    row = pack_groups([PAIR])
     with torch.no_grad():
         evaluated = model(row)
         assert model._path_of(row) == "packed"
@@ -441,7 +441,7 @@ def test_a_response_that_begins_the_other_and_two_equal_ones_have_their_rewards(
     sequences = [PROMPT, PROMPT + CHOSEN, PROMPT + CHOSEN, PROMPT + CHOSEN]
     right = alone(inner, sequences)
     model = RewardModel(inner)
-    begins = pack_pairs([sequences[0], sequences[2]], [sequences[1], sequences[3]])
+    begins = pack_groups([sequences[:2], sequences[2:]])
     assert len(begins.input_ids) == 17 + 17  # the second pair is stored once
     assert off(model(begins), right) < 1e-5
     assert off(model(pack(sequences, [Group(12, (0, 1, 2, 3))])), right) < 1e-5

@@ -20,21 +20,21 @@ from raywards.config import (
     ServeConfig,
     TrainJob,
     as_dict,
+    attribute_weights,
+    check_objective,
     freeze,
+    worker_range,
 )
 from raywards.errors import ConfigError
+from raywards.rowset import show
 from raywards.settings import field_names, help_text, read_settings
-from raywards.sources import read_rows, show
+from raywards.sources import read_rows
 from raywards.trl_fields import REFUSED
 
 CONFIGS = sorted((Path(__file__).parent.parent / "jobs" / "configs").glob("*.yaml"))
 REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl"]
 
 # Defaults of TRL that are not ours, and why.
-OTHER_DEFAULTS = {
-    "disable_tqdm": "TRL's None is False unless its log level is high",
-    "gradient_checkpointing": "TRL's True costs a third where activations fit, and they often do",
-}
 # Refused although TRL's RewardConfig has no such field: arguments of TRL's trainer.
 NOT_FIELDS_OF_TRL = {"data_collator"}
 
@@ -77,16 +77,73 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_scheduler_type": "cosin"}, ["lr_scheduler_type:", "'cosine'"]),
     ({"model_init_kwargs": "dtype"}, ["model_init_kwargs:", "mapping", "'dtype'"]),
     ({"model_init_kwargs": '{"dtype": '}, ["model_init_kwargs:", "mapping"]),
+    ({"dataset_weights": {"a": 0}}, ["dataset_weights", "greater than 0", "got 0"]),
+    ({"dataset_weights": '{"a": -1}'}, ["dataset_weights", "greater than 0"]),
+    ({"dataset_weights": "a"}, ["dataset_weights", "mapping"]),
     ({"resources_per_worker": "[1]"}, ["resources_per_worker:", "mapping"]),
     ({"resources_per_worker": 4}, ["resources_per_worker"]),
     ({"storage_path": "s3://bucket"}, ["storage_path:", "folder that every node sees"]),
     ({"max_failures": -2}, ["max_failures:"]),
-    ({"num_workers": -1}, ["num_workers:", "-1"]),
+    ({"num_workers": -1}, ["num_workers:", "a number of workers"]),
     ({"logging_steps": 0}, ["logging_steps:"]),
     ({"output_dir": 3}, ["output_dir:", "string"]),
     ({"max_length": 0}, ["max_length:"]),
     ({"on_bad_row": "ignore"}, ["on_bad_row:", "'error' or 'drop'"]),
+    ({"objective": "dpo"}, ["objective:", "'plackett_luce'", "'dpo'"]),
+    ({"attributes": "helpfulness"}, ["attributes:", "mapping", "'helpfulness'"]),
+    ({"attributes": {"helpful": "much"}}, ["attributes:", "'helpful' is 'much'", "weight"]),
+    ({"attributes": {"helpful": True}}, ["attributes:", "is True"]),
+    ({"attributes": {"helpful": float("inf")}}, ["attributes:", "finite number"]),
+    ({"attributes": {"text": 1}}, ["attributes:", "'text' is no column of scores"]),
+    ({"attributes": {2: 1}}, ["attributes"]),
+    ({"attributes": {"a": 0, "b": 0.0}}, ["attributes:", "every reward would be 0"]),
+    ({"attributes": {}}, ["attributes:", "every reward would be 0"]),
 ]
+
+# Settings that mean nothing together.
+DISAGREEING: list[tuple[dict[str, Any], list[str]]] = [
+    ({"attributes": {"a": 1}}, ["attributes: objective='bradley_terry'", "'regression'"]),
+    ({"attributes": {"a": 1}, "objective": "all_pairs"}, ["attributes: objective='all_pairs'"]),
+    (
+        {"label_smoothing": 0.1, "objective": "plackett_luce"},
+        ["label_smoothing=0.1:", "'all_pairs' or 'bradley_terry'"],
+    ),
+    ({"label_smoothing": 0.1, "objective": "regression"}, ["label_smoothing=0.1:"]),
+    (
+        {"center_rewards_coefficient": 0.01, "objective": "regression"},
+        ["center_rewards_coefficient:", "where zero is"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), DISAGREEING)
+def test_settings_that_mean_nothing_under_an_objective_are_refused_by_name(
+    settings: dict[str, Any], told: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RewardConfig(**settings)
+    assert all(part in one_screen(caught.value) for part in told), str(caught.value)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ConfigError, match=told[0].partition(":")[0]):
+        read("--config", str(file))
+    config = RewardConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)  # in any order: the last one may mend it
+    with pytest.raises(ConfigError) as caught:
+        check_objective(config)
+    assert told[0] in str(caught.value)
+
+
+def test_settings_that_go_with_an_objective_are_taken() -> None:
+    RewardConfig(objective="all_pairs", label_smoothing=0.1, center_rewards_coefficient=0.01)
+    RewardConfig(objective="plackett_luce", center_rewards_coefficient=0.01)
+    RewardConfig(objective="regression", center_rewards_coefficient=0.0, label_smoothing=0.0)
+    _, config = read("--objective", "regression", "--attributes", '{"b": 1, "a": -0.5}')
+    assert attribute_weights(config) == {"a": -0.5, "b": 1.0}
+    assert list(attribute_weights(config)) == ["a", "b"], "resuming needs one order"
+    assert attribute_weights(RewardConfig()) == {}
+    assert RewardConfig(**json.loads(json.dumps(as_dict(config)))) == config
 
 
 @pytest.mark.parametrize(("settings", "told"), MISTAKES, ids=lambda case: str(case)[:50])
@@ -196,15 +253,6 @@ def default_of(field: Any) -> Any:
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
-def test_shared_defaults_are_trls_except_the_ones_written_down() -> None:
-    trl = pytest.importorskip("trl")
-    theirs = {f.name: default_of(f) for f in dataclasses.fields(trl.RewardConfig)}
-    ours = as_dict(RewardConfig()) | {"hub_token": RewardConfig().hub_token}
-    shared = set(theirs) & set(ours)
-    assert len(shared) > 40
-    assert {name for name in shared if theirs[name] != ours[name]} == set(OTHER_DEFAULTS)
-
-
 def test_a_default_of_trl_that_is_refused_is_accepted_when_spelled_out() -> None:
     trl = pytest.importorskip("trl")
     fields = {f.name: default_of(f) for f in dataclasses.fields(trl.RewardConfig)}
@@ -229,10 +277,12 @@ FLAGS = [
     "--output_dir", "out", "--learning_rate", "3e-5", "--bf16", "False", "--max_steps", "7",
     "--eval_strategy", "steps", "--model_init_kwargs", '{"dtype": "bfloat16"}',
     "--deepspeed", "3", "--max_length", "64", "--num_workers", "2",
+    "--dataset_weights", '{"a.jsonl": 2}',
 ]  # fmt: skip
 PARSED = RewardConfig(
     output_dir="out", learning_rate=3e-5, bf16=False, max_steps=7, eval_strategy="steps",
     model_init_kwargs={"dtype": "bfloat16"}, deepspeed=3, max_length=64, num_workers=2,
+    dataset_weights={"a.jsonl": 2.0},
 )  # fmt: skip
 
 
@@ -353,12 +403,36 @@ def test_the_configs_of_the_jobs_can_be_read(file: Path) -> None:
     assert job.model_name_or_path == written["model_name_or_path"]
     assert config.num_workers == written["num_workers"]
     assert isinstance(config.learning_rate, float)
-    from raywards.train.zero import stage_of, zero_config
+    from raywards.train.zero import default_stage, stage_of, zero_config
 
-    settings = zero_config(config, num_ranks=config.num_workers, bf16=bool(config.bf16))
+    _, most = worker_range(config)
+    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * most
+    settings = zero_config(
+        config,
+        config.deepspeed or default_stage(most_ranks=most, half_weights=False),
+        num_ranks=most,
+        global_batch=pairs,
+        bf16=bool(config.bf16),
+    )
     assert stage_of(settings) == (3 if "zero3" in file.stem else 0)
-    pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    assert settings["train_batch_size"] == pairs * config.num_workers
+    assert settings["train_batch_size"] == pairs
+
+
+@pytest.mark.parametrize(
+    ("given", "workers"),
+    [
+        *((3, (3, 3)), ("3", (3, 3)), (0, (0, 0)), ((2, 2), (2, 2))),
+        *(([1, 4], (1, 4)), ("[1, 4]", (1, 4)), ("1,4", (1, 4))),
+    ],
+)
+def test_workers_are_a_number_or_a_range(given: Any, workers: tuple[int, int]) -> None:
+    assert worker_range(RewardConfig(num_workers=given)) == workers
+
+
+@pytest.mark.parametrize("given", [-1, [4, 1], [0, 2], [1], [1, 2, 3], "many", 1.5, True, None])
+def test_what_is_no_number_of_workers_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match="num_workers: expected a number of workers"):
+        RewardConfig(num_workers=given)
 
 
 def test_there_are_configs_of_three_sizes() -> None:

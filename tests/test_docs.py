@@ -7,11 +7,14 @@ run, and every field of a manifest that a run wrote stands in checkpoints.md.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import importlib
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import datasets
 import httpx
@@ -21,15 +24,17 @@ from tiny import chatml_tokenizer, tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer, ServeConfig
 from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.config import Objective
 from raywards.errors import RowError
+from raywards.groups import Rating, encode_group
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
+from raywards.rowset import RowRef
 from raywards.schemas import NOT_BUILT, Message, RewardItem, RewardRequest, RewardResponse
 from raywards.schemas import Timing as ReplyTiming
 from raywards.schemas import Usage as ReplyUsage
 from raywards.serve.app import create_app
 from raywards.serve.replica import RewardService
-from raywards.sources import RowRef
 from raywards.train.runfolder import _MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
@@ -66,8 +71,10 @@ def generator() -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["settings.md", "bad_rows.md"])
+@pytest.mark.parametrize("name", ["settings.md", "bad_rows.md", "trl.md"])
 def test_a_generated_page_is_what_the_generator_writes_now(name: str) -> None:
+    if name == "trl.md":
+        pytest.importorskip("trl")
     written = (DOCS / name).read_text(encoding="utf-8")
     assert written == generator().pages()[name], "run: python docs/build.py"
 
@@ -79,6 +86,45 @@ def test_the_reference_has_every_setting_and_every_reason() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", pages["settings.md"], re.MULTILINE)
     assert sorted(rows) == sorted([*fields, *generator().REFUSED])
     assert re.findall(r"^\| `(\w+)` \|", pages["bad_rows.md"], re.MULTILINE) == list(REASONS)
+
+
+def beside_trl() -> Any:
+    pytest.importorskip("trl")
+    generator()  # puts the folder on the path
+    return importlib.import_module("beside_trl")
+
+
+def test_the_page_about_trl_has_everything_that_trl_has_once() -> None:
+    """A setting, argument or method that TRL gets has to be decided on before the page is made."""
+    made = beside_trl()
+    import trl
+
+    named = re.findall(r"^\| `(\w+)` \|", (DOCS / "trl.md").read_text(), re.MULTILINE)
+    settings = [field.name for field in dataclasses.fields(trl.RewardConfig)]
+    assert len(settings) > 100
+    arguments = list(inspect.signature(trl.RewardTrainer.__init__).parameters)[1:]
+    methods = [
+        name
+        for name in dir(trl.RewardTrainer)
+        if not name.startswith("_") and callable(getattr(trl.RewardTrainer, name))
+    ]
+    assert len(methods) > 40
+    assert named == [*settings, *arguments, *methods, *made.METRIC_NOTES]
+
+
+def test_what_the_page_about_trl_says_is_of_things_that_are_there() -> None:
+    """A note about a setting that is refused, or about no setting at all, is left over."""
+    made = beside_trl()
+    ours = set(generator().field_names(RewardConfig))
+    assert made.other_defaults() == set(made.OTHER_DEFAULTS)
+    assert set(made.BETTER) <= ours
+    assert set(made.ARGUMENT_NOTES) <= set(made.arguments()) - set(made._NOT_SUPPORTED)
+    methods = set(made.public_methods(RewardTrainer))
+    assert set(made.METHOD_NOTES) <= methods
+    assert set(made.REFUSED_METHODS) & methods == set()
+    for name, advice in made.REFUSED_METHODS.items():
+        with pytest.raises(AttributeError, match=re.escape(advice)):
+            getattr(RewardTrainer.__new__(RewardTrainer), name)
 
 
 # ---------------------------------------------------------------- data.md
@@ -120,6 +166,38 @@ def test_the_page_shows_every_column_and_a_prompt_changes_nothing(rendering: Ren
     implicit, explicit = rows[:2]
     assert "prompt" in explicit
     assert encode(implicit, rendering) == encode(explicit, rendering)
+
+
+# ---------------------------------------------------------------- objectives.md
+
+
+OBJECTIVES = (DOCS / "objectives.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", blocks(OBJECTIVES, "json"), ids=lambda block: block.label)
+def test_every_row_of_an_objective_is_taken_by_it(block: Block, rendering: Rendering) -> None:
+    objective, *attributes = block.label.split()
+    for line in block.text.splitlines():
+        group = encode_group(
+            json.loads(line),
+            RowRef("objectives.md", 0),
+            rendering,
+            objective=cast(Any, objective),
+            attributes=attributes,
+            max_length=1024,
+            truncation="drop",
+        )
+        if isinstance(group, Rating):
+            assert len(group.scores) == len(attributes or ["score"])
+        else:
+            assert len(group.sequences) > 1
+
+
+def test_every_objective_has_rows_on_one_of_the_pages() -> None:
+    shown = {block.label.split()[0] for block in blocks(OBJECTIVES, "json")}
+    named = set(get_args(Objective))
+    assert shown == named - {"bradley_terry"}
+    assert named <= words_in_code(OBJECTIVES)
 
 
 # ---------------------------------------------------------------- checkpoints.md

@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from preferences_data import conversation_rows
 from tiny import tiny_qwen2
 
-from raywards import Scorer
+from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import read_manifest
 
 pytestmark = pytest.mark.trains
@@ -62,3 +63,33 @@ def test_the_reward_script_of_trl_runs_with_its_imports_changed(tmp_path: Path) 
     manifest = read_manifest(tmp_path / "out", kind="export")  # the script's save_model(output_dir)
     assert "README.md" in manifest["files"]
     Scorer.from_pretrained(tmp_path / "out").verify()
+
+
+def test_metrics_and_state_are_logged_and_saved_as_scripts_of_transformers_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_qwen2(tmp_path / "model", num_labels=None)
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(
+            output_dir=str(tmp_path / "out"), num_workers=0, use_cpu=True, bf16=False, max_steps=2,
+            disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(conversation_rows(8)),
+        eval_dataset=datasets.Dataset.from_list(conversation_rows(4, seed=1)),
+    )  # fmt: skip
+    result = trainer.train()
+    assert trainer.is_world_process_zero()
+    for split, metrics in (("train", result.metrics), ("eval", trainer.evaluate())):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    trainer.save_state()
+    assert "eval_accuracy" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert saved["train_loss"] == result.training_loss
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["log_history"] == trainer.state.log_history
+    with pytest.raises(AttributeError, match="Use `Scorer` on the export"):
+        trainer.predict(None)
+    with pytest.raises(AttributeError, match="no such name"):
+        _ = trainer.perdict

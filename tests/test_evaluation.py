@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from raywards.evaluation import (
     HeldOut,
+    HeldOutRankings,
+    HeldOutRatings,
     agree,
     calibration_error,
     figures,
@@ -176,6 +178,47 @@ def test_a_reward_that_is_nan_is_seen() -> None:
     assert finite == {"tie_rate", "num_pairs", "num_tokens"}
 
 
+def rankings(parts: list[slice]) -> dict[str, float]:
+    """Each of the pairs above as a ranking of two."""
+    held_out = HeldOutRankings()
+    for part in parts:
+        sides = zip(CHOSEN[part], REJECTED[part], strict=True)
+        rewards = torch.tensor([reward for pair in sides for reward in pair])
+        better = list(range(0, len(rewards), 2))
+        held_out.add(
+            torch.tensor(CHOSEN[part]).square(),
+            rewards,
+            [tokens for pair in LENGTHS[part] for tokens in pair],
+            better,
+            [place + 1 for place in better],
+            PROBABILITY[part],
+            SOURCES[part],
+        )
+    return held_out.compute()
+
+
+def ratings(parts: list[slice]) -> dict[str, float]:
+    """The sides of the pairs above as what is predicted of two attributes."""
+    held_out = HeldOutRatings(["a", "b"], [1.0, -0.5])
+    for part in parts:
+        predicted = torch.tensor([CHOSEN[part], REJECTED[part]]).T
+        scores = torch.tensor([PROBABILITY[part], CHOSEN[part]]).T
+        tokens = [pair[0] for pair in LENGTHS[part]]
+        held_out.add(predicted.sum(1), predicted, scores, tokens, SOURCES[part])
+    return held_out.compute()
+
+
+def test_rankings_of_two_have_the_figures_of_pairs() -> None:
+    found, expected = rankings([slice(0, 5)]), whole()
+    losses = [reward**2 for reward in CHOSEN]
+    assert found == expected | {
+        "loss": pytest.approx(sum(losses) / 5),
+        "num_comparisons": 5.0,
+        "mean_reward": pytest.approx(expected["mean_reward"]),
+    }
+    assert HeldOutRankings().compute() == HeldOutRatings(["a"], [1.0]).compute()
+
+
 def _rank(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
@@ -186,6 +229,8 @@ def _rank(rank: int, folder: str) -> None:
     else:
         add(held_out, slice(4, 5))
     torch.save(held_out.compute(), f"{folder}/{rank}.pt")
+    parts = [slice(0, 3), slice(3, 3)] if rank == 0 else [slice(3, 3), slice(3, 5)]
+    torch.save([compute(parts) for compute in (rankings, ratings)], f"{folder}/{rank}-groups.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -193,5 +238,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_two_processes_count_every_pair_once(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_rank, args=(str(tmp_path),), nprocs=2)
     expected: Any = pytest.approx(whole())
+    alone = [pytest.approx(compute([slice(0, 5)])) for compute in (rankings, ratings)]
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt") == expected
+        assert torch.load(tmp_path / f"{rank}-groups.pt") == alone

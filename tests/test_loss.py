@@ -1,16 +1,26 @@
-"""The loss of a pair: values worked out by hand, and TRL's formula."""
+"""Losses of pairs, rankings and ratings: values worked out by hand, symmetries, TRL's formula."""
 
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raywards.loss import bradley_terry, centering, smoothed
+from raywards.loss import (
+    all_pairs,
+    bradley_terry,
+    centering,
+    centering_of_rankings,
+    plackett_luce,
+    smoothed,
+    squared_error,
+)
 
 rewards = st.floats(-30, 30, width=32)
 
@@ -147,3 +157,146 @@ def test_gradients_are_the_ones_worked_out_by_hand() -> None:
     assert rejected.grad is not None
     assert chosen.grad.item() == pytest.approx(expected)
     assert rejected.grad.item() == pytest.approx(-expected)
+
+
+# ---------------------------------------------------------------- rankings
+
+RankingLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+RANKINGS: list[RankingLoss] = [plackett_luce, all_pairs]
+
+
+def ranked(loss: RankingLoss, rewards: list[float], ranks: list[float], *options: float) -> float:
+    [value] = loss(torch.tensor([rewards]), torch.tensor([ranks]), *options).tolist()
+    return float(value)
+
+
+def surprise(difference: float) -> float:
+    return math.log1p(math.exp(-difference))
+
+
+def test_plackett_luce_is_the_value_worked_out_by_hand() -> None:
+    # Rewards log 4, log 3, log 1, ranked second, first, third: 3 of 8, then 4 of 5.
+    rewards = [math.log(4), math.log(3), 0.0]
+    expected = -(math.log(3 / 8) + math.log(4 / 5)) / 2
+    assert ranked(plackett_luce, rewards, [2, 1, 3]) == pytest.approx(expected)
+    assert ranked(plackett_luce, [0.0] * 5, [5, 3, 1, 2, 4]) == pytest.approx(math.log(120) / 4)
+
+
+def test_all_pairs_is_the_value_worked_out_by_hand() -> None:
+    rewards = [2.0, 3.0, 0.5]
+    expected = (surprise(1) + surprise(2.5) + surprise(1.5)) / 3
+    assert ranked(all_pairs, rewards, [2, 1, 3]) == pytest.approx(expected)
+    tied = (surprise(1) + surprise(2.5) + (surprise(1.5) + surprise(-1.5)) / 2) / 3
+    assert ranked(all_pairs, rewards, [2, 1, 2]) == pytest.approx(tied)
+    smooth = sum(0.9 * surprise(d) + 0.1 * surprise(-d) for d in (1, 2.5, 1.5)) / 3
+    assert ranked(all_pairs, rewards, [2, 1, 3], 0.1) == pytest.approx(smooth)
+
+
+def test_plackett_luce_is_a_distribution_over_rankings() -> None:
+    rewards = [0.3, -1.2, 2.0, 0.9]
+    rankings = list(itertools.permutations([1.0, 2.0, 3.0, 4.0]))
+    losses = plackett_luce(torch.tensor([rewards] * 24), torch.tensor(rankings))
+    assert torch.exp(-3 * losses).sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("loss", RANKINGS)
+def test_of_two_responses_it_has_the_bits_of_bradley_terry(loss: RankingLoss) -> None:
+    chosen, rejected = 8 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    chosen.requires_grad_()
+    expected = bradley_terry(chosen, rejected)
+    [gradient] = torch.autograd.grad(expected.sum(), chosen)
+    for first, rewards in ((1, [chosen, rejected]), (2, [rejected, chosen])):
+        ranks = torch.tensor([[first, 3 - first]] * 64)
+        found = loss(torch.stack(rewards, 1), ranks)
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(found.sum(), chosen)[0], gradient)
+
+
+several = st.lists(
+    st.tuples(st.floats(-20, 20, width=32), st.integers(1, 3)), min_size=2, max_size=6
+)
+
+
+@pytest.mark.parametrize("loss", RANKINGS)
+@settings(max_examples=60, deadline=None)
+@given(responses=several, seed=st.integers(0, 99), shift=st.floats(-9, 9, width=32))
+def test_the_order_of_the_responses_and_a_shift_of_all_rewards_change_nothing(
+    loss: RankingLoss, responses: list[tuple[float, int]], seed: int, shift: float
+) -> None:
+    rewards, ranks = (torch.tensor([list(part)]) for part in zip(*responses, strict=True))
+    if loss is plackett_luce:  # it knows no ties
+        ranks = ranks.argsort(dim=1, stable=True).argsort(1)
+    shuffled = torch.randperm(len(responses), generator=torch.Generator().manual_seed(seed))
+    before = loss(rewards, ranks)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(loss(rewards[:, shuffled], ranks[:, shuffled]), before, **close)
+    torch.testing.assert_close(loss(rewards + shift, ranks), before, **close)
+    centred = centering_of_rankings(rewards)
+    torch.testing.assert_close(centering_of_rankings(rewards[:, shuffled]), centred, **close)
+
+
+@pytest.mark.parametrize("loss", RANKINGS)
+def test_the_better_of_two_neighbours_in_rank_gains_by_a_step_down_the_gradient(
+    loss: RankingLoss,
+) -> None:
+    rewards = torch.zeros(1, 4, requires_grad=True)
+    loss(rewards, torch.tensor([[3, 1, 4, 2]])).sum().backward()
+    assert rewards.grad is not None
+    third, first, fourth, second = (-rewards.grad[0]).tolist()
+    assert first > second > third > fourth
+    assert sum((first, second, third, fourth)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", RANKINGS)
+def test_rankings_beside_each_other_are_those_alone_and_large_rewards_stay_finite(
+    loss: RankingLoss,
+) -> None:
+    rewards = torch.tensor([[1e4, -1e4, 0.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    ranks = torch.tensor([[3, 1, 2], [1, 2, 3]])
+    losses = loss(rewards, ranks)
+    alone = [ranked(loss, r, k) for r, k in zip(rewards.tolist(), ranks.tolist(), strict=True)]
+    assert losses.tolist() == pytest.approx(alone)
+    losses.sum().backward()
+    assert rewards.grad is not None
+    assert rewards.grad.isfinite().all()
+    assert losses.isfinite().all()
+
+
+def test_rankings_of_bf16_rewards_are_compared_in_fp32() -> None:
+    rewards = torch.tensor([[10.0625, 0.015625, 3.0]]).bfloat16()
+    ranks = torch.tensor([[3, 1, 2]])
+    for loss in RANKINGS:
+        assert torch.equal(loss(rewards, ranks), loss(rewards.float(), ranks))
+        assert loss(rewards, ranks).dtype == torch.float32
+
+
+def test_centering_of_a_ranking_is_that_of_a_pair_and_leaves_the_spread_alone() -> None:
+    chosen, rejected = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    pairs = centering(chosen, rejected)
+    torch.testing.assert_close(
+        centering_of_rankings(torch.stack([chosen, rejected], 1)), pairs, rtol=0, atol=0
+    )
+    values = centering_of_rankings(torch.tensor([[5.0, -4.0, -1.0], [1.0, 2.0, 3.0]]))
+    assert values.tolist() == [0.0, 16.0]
+
+
+# ---------------------------------------------------------------- ratings
+
+
+def test_the_squared_error_is_a_mean_over_the_scores_that_are_there() -> None:
+    nan = math.nan
+    predicted = torch.tensor([[1.0, 2.0], [0.5, 7.0], [3.0, 3.0]], requires_grad=True)
+    scores = torch.tensor([[3.0, 1.0], [nan, 4.0], [3.0, nan]])
+    losses = squared_error(predicted, scores)
+    assert losses.tolist() == [(4 + 1) / 2, 9.0, 0.0]
+    losses.sum().backward()
+    assert predicted.grad is not None
+    assert predicted.grad.tolist() == [[-2.0, 1.0], [0.0, 6.0], [0.0, 0.0]]
+    swapped = squared_error(predicted.flip(1), scores.flip(1))
+    assert swapped.tolist() == losses.tolist()
+
+
+def test_a_prediction_that_is_not_finite_shows_where_it_was_rated() -> None:
+    predicted = torch.tensor([[math.nan, 1.0], [math.nan, 1.0]])
+    losses = squared_error(predicted, torch.tensor([[1.0, 1.0], [math.nan, 1.0]]))
+    assert losses.isnan().tolist() == [True, False]

@@ -27,7 +27,7 @@ from raywards.model import (
     disable_dropout,
     stock_forward,
 )
-from raywards.packing import Group, PackedRow, pack, pack_alone, pack_pairs, pooled_position
+from raywards.packing import Group, PackedRow, pack, pack_alone, pack_groups, pooled_position
 from raywards.settle import settle_path
 
 pytestmark = pytest.mark.trains
@@ -326,7 +326,7 @@ def test_a_loss_on_pairs_has_the_gradients_of_the_padded_pairs() -> None:
         return {n: p.grad.clone() for n, p in inner.named_parameters() if p.grad is not None}
 
     theirs = gradients(plain(inner, SEQUENCES[:6]))
-    row = pack_pairs(chosen, rejected)
+    row = pack_groups(list(zip(chosen, rejected, strict=True)))
     assert len(row.input_ids) < sum(map(len, SEQUENCES[:6])) - 20  # something is shared
     assert_same_gradients(gradients(RewardModel(inner)(row)), theirs)
 
@@ -411,7 +411,7 @@ _paired = [
     for prompt in draw(*(3 + i % 15 for i in range(24)))
     for own in draw(*(1 + (7 * len(prompt)) % 19, 1 + (11 * len(prompt)) % 17))
 ]
-PAIRS = pack_pairs(_paired[::2], _paired[1::2])
+PAIRS = pack_groups(list(zip(_paired[::2], _paired[1::2], strict=True)))
 
 
 def noise(rewards: Tensor, exact: Tensor) -> float:

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -27,8 +28,9 @@ from raywards.packing import (
     group_by_prefix,
     pack,
     pack_alone,
-    pack_pairs,
+    pack_groups,
     pooled_position,
+    shared_prefix,
 )
 
 PAD = 3
@@ -180,14 +182,39 @@ def test_the_drawn_cases_hold_what_the_tests_above_are_about() -> None:
 @quick
 @given(st.lists(st.tuples(*[st.lists(st.integers(0, 2), min_size=1, max_size=9)] * 2), min_size=1))
 def test_pairs_share_their_longest_common_prefix(pairs: list[tuple[list[int], list[int]]]) -> None:
-    chosen, rejected = ([pair[side] for pair in pairs] for side in (0, 1))
-    row = pack_pairs(chosen, rejected)
+    row = pack_groups(pairs)
     assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == [
         side for pair in pairs for side in pair
     ]
     assert len(row.input_ids) == sum(
         len(one) + len(other) - naive_common_prefix(one, other) for one, other in pairs
     )
+
+
+@quick
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=6), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_groups_share_what_all_of_their_sequences_have_in_common(
+    groups: list[list[list[int]]],
+) -> None:
+    row = pack_groups(groups)
+    flat = [ids for group in groups for ids in group]
+    assert [ids_at(row, path_of(row, i)) for i in range(len(row.owners))] == flat
+    shared = [
+        0 if len(group) == 1 else min(naive_common_prefix(a, b) for a in group for b in group)
+        for group in groups
+    ]
+    assert [shared_prefix(group) for group in groups] == shared
+    different = [len(set(map(tuple, group))) == len(group) for group in groups]
+    for group, prefix, counted in zip(groups, shared, different, strict=True):
+        tokens = sum(map(len, group)) - (len(group) - 1) * prefix
+        if counted:  # equal sequences, which no row has, are stored once
+            assert len(pack_groups([group]).input_ids) == tokens
 
 
 @quick
@@ -200,16 +227,16 @@ def test_alone_nothing_is_shared(rows: list[list[int]]) -> None:
 
 
 def test_a_layout_can_be_compared_hashed_and_pickled() -> None:
-    row, again = (pack_pairs([[1, 2, 3]], [[1, 4]]) for _ in range(2))
+    row, again = (pack_groups([[[1, 2, 3], [1, 4]]]) for _ in range(2))
     assert row.layout == again.layout
     assert hash(row.layout) == hash(again.layout)
     assert pickle.loads(pickle.dumps(row.layout)) == row.layout
-    assert row.layout != pack_pairs([[1, 2, 3]], [[1, 2]]).layout
+    assert row.layout != pack_groups([[[1, 2, 3], [1, 2]]]).layout
     assert row.layout != replace(row.layout, pooled=None)
 
 
 def test_a_row_moves_to_a_device_with_its_tensors_and_keeps_its_layout() -> None:
-    row = pack_pairs([[1, 2, 3]], [[1, 4]])
+    row = pack_groups([[[1, 2, 3], [1, 4]]])
     moved = row.to(torch.device("meta"))
     for tensor in (moved.input_ids, moved.positions, moved.pooled):
         assert tensor.device.type == "meta"
@@ -516,14 +543,14 @@ def test_the_order_is_that_of_accelerates_seedable_sampler(
         list(range(num_pairs)), data_seed=seed, generator=torch.Generator().manual_seed(0)
     )
     sampler.set_epoch(epoch)
-    assert TrainPlan(num_pairs, 4, seed).order(epoch) == list(sampler)
+    assert TrainPlan(num_pairs, 4, seed).order(epoch).tolist() == list(sampler)
 
 
 def test_orders_of_two_seeds_and_of_two_epochs_differ() -> None:
     plan = TrainPlan(100, 8, seed=1)
-    assert plan.order(0) != plan.order(1)
-    assert plan.order(0) != TrainPlan(100, 8, seed=7).order(0)
-    assert TrainPlan(100, 8, seed=1, shuffle=False).order(3) == list(range(100))
+    assert plan.order(0).tolist() != plan.order(1).tolist()
+    assert plan.order(0).tolist() != TrainPlan(100, 8, seed=7).order(0).tolist()
+    assert TrainPlan(100, 8, seed=1, shuffle=False).order(3).tolist() == list(range(100))
 
 
 @quick
@@ -543,7 +570,7 @@ def test_every_pair_is_trained_once_an_epoch_in_full_batches(plan: TrainPlan) ->
     for epoch in range(2):
         steps = [batch for _, batch in plan.steps(epoch * count, (epoch + 1) * count)]
         seen = list(itertools.chain.from_iterable(steps))
-        assert seen == plan.order(epoch)[: len(seen)]
+        assert seen == plan.order(epoch)[: len(seen)].tolist()
         assert all(len(batch) == plan.global_batch for batch in steps[:-1])
         left_out = plan.num_pairs - len(seen)
         if plan.drop_last:
@@ -551,6 +578,44 @@ def test_every_pair_is_trained_once_an_epoch_in_full_batches(plan: TrainPlan) ->
             assert left_out == plan.num_pairs % plan.global_batch
         else:
             assert left_out == 0
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.floats(0.05, 4)), min_size=1, max_size=4),
+    st.booleans(),
+)
+def test_a_mixture_trains_each_pair_as_often_as_its_weight_says(
+    mixture: list[tuple[int, float]], shuffle: bool
+) -> None:
+    num_pairs = sum(count for count, _ in mixture)
+    plan = TrainPlan(num_pairs, 4, seed=3, shuffle=shuffle, mixture=tuple(mixture))
+    times = numpy.zeros(num_pairs, int)
+    for epoch in range(5):
+        order = plan.order(epoch)
+        assert len(order) == plan.pairs_per_epoch
+        times += numpy.bincount(order, minlength=num_pairs)
+        start = 0
+        for count, weight in mixture:
+            drawn = times[start : start + count]
+            assert drawn.sum() == (epoch + 1) * max(1, round(count * weight))
+            assert drawn.max() - drawn.min() <= 1
+            start += count
+    assert plan.order(2).tolist() == TrainPlan(**vars(plan)).order(2).tolist()
+
+
+def test_weights_of_one_change_nothing() -> None:
+    plain = TrainPlan(10, 4, seed=1)
+    weighed = TrainPlan(10, 4, seed=1, mixture=((3, 1.0), (7, 1.0)))
+    assert weighed.order(2).tolist() == plain.order(2).tolist()
+    assert list(weighed.steps(1, 6)) == list(plain.steps(1, 6))
+
+
+def test_half_of_a_source_is_followed_by_its_other_half() -> None:
+    plan = TrainPlan(10, 4, seed=1, mixture=((6, 0.5), (4, 2.0)))
+    first, second = ([i for i in plan.order(epoch) if i < 6] for epoch in range(2))
+    assert sorted([*first, *second]) == list(range(6))
+    assert sorted(i for i in plan.order(0) if i >= 6) == [6, 6, 7, 7, 8, 8, 9, 9]
 
 
 def test_dropping_the_last_batch_leaves_the_remainder_out() -> None:

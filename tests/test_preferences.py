@@ -10,13 +10,15 @@ from typing import Any
 
 import datasets
 import pytest
+import test_groups
 from tiny import chatml_tokenizer, llama_like_tokenizer, tiny_qwen2
 
 from raywards import preferences
 from raywards.errors import ConfigError, RowError
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
-from raywards.sources import RowRef, read_rows
+from raywards.rowset import RowRef
+from raywards.sources import read_rows
 
 RENDERING = Rendering(chatml_tokenizer())
 WHERE = RowRef("pairs.jsonl", 17, 18)
@@ -314,6 +316,7 @@ def test_a_bad_row_is_refused_with_file_row_and_field(name: str) -> None:
 
 def test_the_bad_rows_above_cover_every_reason_that_a_row_can_have() -> None:
     seen = {row[2] for row in BAD_ROWS.values()}
+    seen |= {row[3] for row in test_groups.BAD_ROWS.values()}
     elsewhere = {"not_json", "no_template", "control_token"}
     assert seen | elsewhere == set(REASONS)
 
@@ -422,7 +425,7 @@ def test_a_line_that_is_no_row_is_refused_with_its_number(name: str, tmp_path: P
     path = tmp_path / ("bad.json" if line is None else "bad.jsonl")
     path.write_bytes(content)
     with pytest.raises(RowError) as caught:
-        read_rows(str(path))
+        list(read_rows(str(path))[0].rows)
     error = caught.value
     assert (error.source, error.row, error.line) == (path.name, row, line)  # type: ignore[attr-defined]
     assert error.reason == reason
@@ -508,8 +511,10 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     write_lines(tmp_path / "splits" / "test.jsonl", [STANDARD])
     cases: list[tuple[Any, str]] = [
-        (stream, "is a IterableDataset"),
-        (datasets.IterableDatasetDict({"train": stream}), "Dataset.from_list"),
+        (datasets.IterableDatasetDict({"training": stream}), "Did you mean 'training'"),
+        ({"chosen": ["a"], "rejected": ["b"]}, "dataset is dict"),
+        ({"good": tmp_path / "empty.jsonl"}, "empty.jsonl has no rows"),
+        ({}, "dataset is dict"),
         (datasets.DatasetDict({"training": table}), "Did you mean 'training'"),
         ([[STANDARD]], "Dataset.from_list"),
         (3, "is int 3"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from tiny_models import draw_ids, tiny_classifier
@@ -165,7 +166,7 @@ def test_the_fit_is_told_in_words() -> None:
 
 def table(lengths: list[int], tokens: list[int]) -> Any:
     """What a plan reads of a `PairTable`."""
-    return SimpleNamespace(lengths=lengths, tokens=tokens)
+    return SimpleNamespace(lengths=numpy.array(lengths), tokens=numpy.array(tokens))
 
 
 LENGTHS = [10, 60, 8, 51, 9, 50, 7, 10]

@@ -19,9 +19,15 @@ def config(**settings: Any) -> RewardConfig:
     return RewardConfig(per_device_train_batch_size=4, gradient_accumulation_steps=2, **settings)
 
 
+def zero_dict(settings: RewardConfig, *, num_ranks: int, bf16: bool) -> dict[str, Any]:
+    return zero_config(
+        settings, settings.deepspeed, num_ranks=num_ranks, global_batch=8 * num_ranks, bf16=bf16
+    )
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, "0", "3"])
 def test_a_stage_number_becomes_a_whole_dict(stage: Any) -> None:
-    settings = zero_config(config(deepspeed=stage), num_ranks=3, bf16=True)
+    settings = zero_dict(config(deepspeed=stage), num_ranks=3, bf16=True)
     assert stage_of(settings) == int(stage)
     assert settings["train_batch_size"] == 24
     # At stage 0 the weights themselves are the fp32 masters.
@@ -48,14 +54,22 @@ def test_auto_is_filled_in_as_transformers_does(tmp_path: Path) -> None:
     }
     file = tmp_path / "zero3.json"
     file.write_text(json.dumps(given))
-    by_dict = zero_config(config(deepspeed=given, max_grad_norm=0.5), num_ranks=2, bf16=False)
-    by_file = zero_config(config(deepspeed=str(file), max_grad_norm=0.5), num_ranks=2, bf16=False)
+    by_dict = zero_dict(config(deepspeed=given, max_grad_norm=0.5), num_ranks=2, bf16=False)
+    by_file = zero_dict(config(deepspeed=str(file), max_grad_norm=0.5), num_ranks=2, bf16=False)
     assert by_dict == by_file
     assert by_dict["train_micro_batch_size_per_gpu"] == 4
     assert by_dict["gradient_clipping"] == 0.5
     assert by_dict["bf16"]["enabled"] is False
     assert "optimizer" not in by_dict
     assert given["train_batch_size"] == "auto", "the caller's dict was changed"
+
+
+def test_fewer_ranks_share_the_same_global_batch() -> None:
+    given = {"train_batch_size": 16}
+    settings = zero_config(config(), given, num_ranks=1, global_batch=16, bf16=False)
+    assert settings["train_batch_size"] == 8, "DeepSpeed insists on micro x accumulation x ranks"
+    with pytest.raises(ConfigError, match="train_batch_size=16"):
+        zero_config(config(), given, num_ranks=2, global_batch=24, bf16=False)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +86,7 @@ def test_auto_is_filled_in_as_transformers_does(tmp_path: Path) -> None:
 )
 def test_a_value_that_contradicts_its_setting_is_refused(given: Any, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        zero_config(config(deepspeed=given), num_ranks=2, bf16=False)
+        zero_dict(config(deepspeed=given), num_ranks=2, bf16=False)
 
 
 @pytest.fixture

@@ -6,17 +6,19 @@ meet again, no.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from raywards.config import HUGE_PAGES
+from raywards.config import HUGE_PAGES, RewardConfig, worker_range
 from raywards.errors import ConfigError, RaywardsError, TrainingError
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
@@ -25,18 +27,48 @@ from raywards.train.worker import Job
 
 logger = logging.getLogger(__name__)
 
+_START_TIMEOUT, _START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15"
+
 
 def connect() -> Any:
     """The `ray` module, connected: to the cluster of RAY_ADDRESS, or to a new local one."""
+    ray = _installed()
+    if not ray.is_initialized():
+        ray.init()
+    return ray
+
+
+def _installed() -> Any:
     try:
         import ray
     except ImportError:
         raise ConfigError(
-            "num_workers above 0 needs Ray: pip install 'raywards[train]', or set num_workers=0."
+            "num_workers above 0 and dataset_num_proc above 1 need Ray: pip install "
+            "'raywards[train]', or leave both out."
         ) from None
-    if not ray.is_initialized():
-        ray.init()
     return ray
+
+
+@contextlib.contextmanager
+def ray_for_tasks(config: RewardConfig) -> Iterator[Callable[[], Any] | None]:
+    """`connect`, where rows are to be encoded as Ray tasks; else None.
+
+    Without workers, a Ray that was started for it alone is stopped again.
+    """
+    if config.dataset_num_proc == 1 or not (config.num_workers or config.dataset_num_proc):
+        yield None
+        return
+    started = []
+
+    def connect_and_tell() -> Any:
+        started.append(not _installed().is_initialized())
+        return connect()
+
+    try:
+        yield connect_and_tell
+    finally:
+        if any(started) and config.num_workers == 0:
+            _installed().shutdown()
 
 
 def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -> None:
@@ -46,7 +78,8 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
     `TrainingError` where the restarts are used up.
     """
     config, paths = job.config, job.paths
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    fewest, most = worker_range(config)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     ray = connect()
@@ -62,22 +95,23 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
             backend="nccl" if use_gpu else "gloo", timeout_s=config.ddp_timeout
         ),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=fewest if fewest == most else (fewest, most),
             use_gpu=use_gpu,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.elastic_resize_monitor_interval_s,
         ),
         run_config=RunConfig(
             name=paths.name,
             storage_path=str(paths.storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.save_total_limit),
             worker_runtime_env={"env_vars": _environment(cpus, use_gpu)},
         ),
     )  # fmt: skip
-    _tell_if_it_must_wait(ray, log, config.num_workers, resources, use_gpu)
+    _tell_if_it_must_wait(ray, log, fewest, resources, use_gpu)
     reader = _Reader(ray, mailbox, log)
     try:
-        trainer.fit()
+        with _prompt_restarts(ray, elastic=fewest < most):
+            trainer.fit()
     except Exception as error:
         reader.close()
         if reader.error is None:
@@ -90,6 +124,26 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         ray.kill(mailbox)
     if reader.error is not None:
         raise reader.error
+
+
+@contextlib.contextmanager
+def _prompt_restarts(ray: Any, *, elastic: bool) -> Iterator[None]:
+    """Inside, workers that do not start are given up sooner, unless the environment says when.
+
+    After a node is lost, Ray counts on it until the cluster has noticed (10 to 30 s), and waits for
+    workers there as long as it waits for any: a minute, which leaves time to install packages. So
+    it is shortened only where none are installed, and only where fewer workers would do.
+    """
+    environment = ray.get_runtime_context().runtime_env
+    installs = any(environment.get(name) for name in ("pip", "uv", "conda", "image_uri"))
+    if not elastic or installs or _START_TIMEOUT in os.environ:
+        yield
+        return
+    os.environ[_START_TIMEOUT] = _START_TIMEOUT_S
+    try:
+        yield
+    finally:
+        del os.environ[_START_TIMEOUT]
 
 
 def _environment(cpus: int, use_gpu: bool) -> dict[str, str]:
@@ -222,7 +276,13 @@ def _run_worker(config: dict[str, Any]) -> None:
             return Word.GO  # without the mailbox the log is lost, and nobody can ask
 
     try:
-        session = RaySession(send, ask=ask, run=job.paths.run, explicit=config["explicit"])
+        session = RaySession(
+            send,
+            ask=ask,
+            run=job.paths.run,
+            explicit=config["explicit"],
+            keep=job.config.save_total_limit,
+        )
         train(job, session)
     except RaywardsError as error:
         ray.get(mailbox.put.remote("error", {"error": error}))

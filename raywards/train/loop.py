@@ -1,34 +1,33 @@
 """What every worker runs: read `train` first. It knows no Ray; `session` is its way to the outside.
 
-The global batch, the pairs of one optimizer step over all workers, is the unit. Its loss is the sum
-over its pairs, divided by their number, at any number of workers and forwards. DeepSpeed divides
-the sum over the ranks by their number, so each rank multiplies by it.
+The global batch, the pairs (or other groups: see `objectives`) of one optimizer step over all
+workers, is the unit. Its loss is the sum over its groups, divided by their number, at any number of
+workers and forwards. DeepSpeed divides the sum over the ranks by their number, so each rank
+multiplies by it.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
-from raywards import loss
 from raywards.config import RewardConfig
-from raywards.errors import NonFiniteError
-from raywards.evaluation import HeldOut
 from raywards.model import RewardModel
-from raywards.packing import PackedRow, pack_pairs
+from raywards.objectives import Judged, build_objective
+from raywards.packing import PackedRow, pack_groups
 from raywards.settle import settle_path
+from raywards.train.best import Goal, check_best_is_there, load_best
 from raywards.train.rows import EVALUATION_TOKENS, Rows
 from raywards.train.session import Session
+from raywards.train.stops import remember, update
 from raywards.train.table import PairTable
-from raywards.train.worker import Job, Worker, build_worker, export, resume, save
+from raywards.train.tuning import offloading
+from raywards.train.worker import Job, Worker, export, open_worker, resume, save
 
 _TICK_S = 0.5
 _EVALUATED_AT_ONCE = 2048
@@ -36,56 +35,58 @@ _EVALUATED_AT_ONCE = 2048
 
 def train(job: Job, session: Session) -> None:
     """Train one reward model on this worker, from the newest checkpoint to the last step."""
-    worker = build_worker(job, session)
-    try:
+    with open_worker(job, session) as worker:
         run(worker)
-    finally:
-        worker.engine.module.unwrap()  # it may be the caller's own model
 
 
 def run(worker: Worker) -> None:
     """Every step from the newest checkpoint to the last, then the export."""
     config, session = worker.job.config, worker.session
+    goal = Goal.of(config)
     state = resume(worker)
+    check_best_is_there(worker)
     clock = Clock()
     if session.rank == 0:
-        start = {"step": state.step, "total": worker.total_steps}
+        start = {"step": state.step, "total": worker.total_steps, "history": worker.history}
         session.send("start", {**start, "steps_per_epoch": worker.plan.steps_per_epoch})
     if config.eval_on_start and state.step == 0:
         evaluate(worker)
 
     for step, indices in worker.plan.steps(state.step, worker.total_steps):
+        if goal.is_given_up(state):
+            break
         learning_rate = worker.engine.get_lr()[0]
+        before = remember(worker)
         accumulate_gradients(worker, indices)
-        stop_if_not_finite(worker, step)
-        worker.engine.step()
-        stop_if_skipped(worker, step)
+        update(worker, indices, before)
         state.step, state.num_pairs = step + 1, state.num_pairs + len(indices)
 
-        if is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker):
+        due = is_due(worker, config.logging_steps, config.logging_first_step) or is_last(worker)
+        if due:
             log(worker, learning_rate, clock)
         if ends_epoch(worker) and session.rank == 0:
             session.send("epoch", {"step": state.step})
-        if config.eval_strategy == "epoch" and ends_epoch(worker):
-            evaluate(worker)
-        if config.eval_strategy == "steps" and is_due(
-            worker, config.eval_steps or config.logging_steps
-        ):
-            evaluate(worker)
-        if is_save_due(worker):
+        # Before the checkpoint, which thus knows what the evaluation of its step has found.
+        is_best = is_evaluation_due(worker) and goal.take(state, evaluate(worker))
+        if goal.is_given_up(state) and not due:
+            log(worker, learning_rate, clock)
+        if is_save_due(worker, is_best) or goal.is_given_up(state):
             save(worker)
         if session.rank == 0 and clock.ticks():
             session.send("tick", {"step": state.step})
+        session.check()
         if worker.job.may_stop and session.should_stop():
             stop(worker)
             break
 
-    export(worker)
+    session.settle()
+    tell_of_stop(worker, goal)
+    export(worker, load_best(worker))
 
 
 def stop(worker: Worker) -> None:
     """End a run that a callback asked to stop, after this step. A collective."""
-    if not is_save_due(worker):
+    if worker.saved_step != worker.state.step:
         save(worker)
     if worker.session.rank == 0:
         text = f"Stopped after step {worker.state.step}, as a callback asked."
@@ -99,40 +100,19 @@ def accumulate_gradients(worker: Worker, indices: Sequence[int]) -> None:
     """Forward and backward over this rank's rows of a global batch."""
     config, session = worker.job.config, worker.session
     worker.engine.train()
+    worker.losses.clear()
     plan = worker.rows.plan(
         worker.pairs, indices, session.world_size, config.per_device_train_batch_size
     )
     for row in plan[session.rank]:
-        judged = judge(worker.engine, worker.pairs, row, config, session.device)
+        with offloading(config, session.device):
+            judged = judge(worker.engine, worker.pairs, row, config, session.device)
         if row:
-            worker.metrics.add(*judged.values, judged.num_tokens)
+            worker.metrics.add(*judged.counted)
+            worker.losses.append((row, judged.losses.detach()))
         # A rank without pairs goes through the motions with weight zero: its peers wait for it.
         weight = session.world_size / len(indices) if row else 0.0
         worker.engine.backward(judged.losses.sum() * weight, scale_wrt_gas=False)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The pairs of a row and what the model makes of them; tensors are [P]."""
-
-    losses: Tensor
-    chosen: Tensor
-    rejected: Tensor
-    probability: Tensor
-    pairs: dict[str, list[Any]]
-
-    @property
-    def values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.losses, self.chosen, self.rejected, self.probability
-
-    @property
-    def lengths(self) -> list[tuple[int, int]]:
-        sides = zip(self.pairs["chosen_ids"], self.pairs["rejected_ids"], strict=True)
-        return [(len(chosen), len(rejected)) for chosen, rejected in sides]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(sum, self.lengths))
 
 
 def judge(
@@ -142,55 +122,10 @@ def judge(
     config: RewardConfig,
     device: torch.device,
 ) -> Judged:
-    """Rewards and loss of each pair of a row. An empty row is a made-up pair."""
-    pairs = table.take(list(indices)) if indices else _NOTHING
-    row = pack_pairs(pairs["chosen_ids"], pairs["rejected_ids"])
-    chosen, rejected = model(row.to(device)).view(-1, 2).unbind(1)
-    # Sources with and without them may be mixed.
-    margin = _or_else(pairs["margin"], 0.0, device)
-    probability = _or_else(pairs["probability"], 1.0, device)
-    believed = loss.smoothed(probability, config.label_smoothing)
-    losses = loss.bradley_terry(chosen, rejected, margin, believed)
-    if config.center_rewards_coefficient is not None:
-        losses = losses + config.center_rewards_coefficient * loss.centering(chosen, rejected)
-    return Judged(losses, chosen, rejected, probability, pairs)
-
-
-def _or_else(values: list[float | None], otherwise: float, device: torch.device) -> Tensor:
-    filled = [otherwise if value is None else value for value in values]
-    return torch.tensor(filled, dtype=torch.float32, device=device)
-
-
-_NOTHING: dict[str, list[Any]] = {
-    "chosen_ids": [[0]],
-    "rejected_ids": [[0]],
-    "margin": [None],
-    "probability": [None],
-}
-
-
-def stop_if_not_finite(worker: Worker, step: int) -> None:
-    """Raise on every rank, before the update, if the loss of any pair is not finite."""
-    bad = worker.metrics.num_not_finite()
-    torch.distributed.all_reduce(bad, op=ReduceOp.SUM)
-    if bad.item():
-        raise NonFiniteError(
-            f"step {step + 1}: the loss of {int(bad.item())} pairs is NaN or infinite. The update "
-            "was not applied. Lower learning_rate, or look at these rows and at the model's dtype.",
-            step=step + 1,
-        )
-
-
-def stop_if_skipped(worker: Worker, step: int) -> None:
-    """Raise where DeepSpeed left an update out, or made one, from a gradient that is not finite."""
-    norm = worker.grad_norm()
-    finite = norm is None or math.isfinite(norm)
-    if getattr(worker.engine.optimizer, "overflow", False) or not finite:
-        raise NonFiniteError(
-            f"step {step + 1}: the norm of the gradient is not finite. No checkpoint holds this "
-            "step. Lower learning_rate, set max_grad_norm, or compute in fp32 (bf16=False).",
-            step=step + 1,
-        )
+    """Rewards and loss of each group of a row. An empty row is a made-up group."""
+    objective = build_objective(config)
+    groups = table.take(list(indices)) if indices else objective.nothing
+    return objective.judge(model(pack_groups(groups["sequences"]).to(device)), groups)
 
 
 # ---------------------------------------------------------------- log, evaluate
@@ -228,9 +163,19 @@ def is_last(worker: Worker) -> bool:
     return worker.state.step == worker.total_steps
 
 
-def is_save_due(worker: Worker) -> bool:
+def is_evaluation_due(worker: Worker) -> bool:
+    config = worker.job.config
+    if config.eval_strategy == "epoch":
+        return ends_epoch(worker)
+    every = config.eval_steps or config.logging_steps
+    return config.eval_strategy == "steps" and is_due(worker, every)
+
+
+def is_save_due(worker: Worker, is_best: bool) -> bool:
     config = worker.job.config
     if is_last(worker):
+        return True
+    if is_best and (config.load_best_model_at_end or config.save_strategy == "best"):
         return True
     if config.save_strategy == "epoch":
         return ends_epoch(worker)
@@ -254,11 +199,23 @@ def log(worker: Worker, learning_rate: float, clock: Clock) -> None:
             "learning_rate": learning_rate,
             "pairs_per_second": num_pairs / clock.lap(),
         }
-        worker.session.send("log", {k: v for k, v in record.items() if v is not None})
+        worker.log({k: v for k, v in record.items() if v is not None})
+
+
+def tell_of_stop(worker: Worker, goal: Goal) -> None:
+    """Say why the run ends before its last step, where it does."""
+    state, session = worker.state, worker.session
+    if session.rank == 0 and goal.is_given_up(state) and not is_last(worker):
+        text = (
+            f"{goal.metric} has not improved in {state.evaluations_without_improvement} "
+            f"evaluations: stopped after step {state.step} of {worker.total_steps}. Its best value "
+            f"is {state.best_metric}, of step {state.best_step}."
+        )
+        session.send("note", {"text": text})
 
 
 @torch.no_grad()
-def evaluate(worker: Worker) -> None:
+def evaluate(worker: Worker) -> dict[str, float]:
     """Held-out metrics of every evaluation set, each pair counted once. A collective."""
     session = worker.session
     worker.engine.eval()
@@ -276,7 +233,8 @@ def evaluate(worker: Worker) -> None:
         record.update({f"{prefix}_{name}": value for name, value in values.items()})
     if session.rank == 0 and record:
         epoch = worker.state.step / worker.plan.steps_per_epoch
-        session.send("log", {"step": worker.state.step, "epoch": epoch, **record})
+        worker.log({"step": worker.state.step, "epoch": epoch, **record})
+    return record
 
 
 @torch.no_grad()
@@ -305,12 +263,12 @@ def evaluate_table(
 ) -> dict[str, float]:
     """Figures over all pairs of a table, dealt to the ranks."""
     started = time.monotonic()
-    held_out = HeldOut()
+    held_out = build_objective(config).held_out()
     for start in range(0, len(table), _EVALUATED_AT_ONCE):
         some = range(start, min(start + _EVALUATED_AT_ONCE, len(table)))
         plan = rows.plan(table, some, num_ranks, config.per_device_eval_batch_size)
         for row in plan[rank]:
             judged = judge(model, table, row, config, device)
             if row:
-                held_out.add(*judged.values, judged.lengths, judged.pairs["source"])
+                held_out.add(*judged.held_out)
     return {**held_out.compute(), "runtime": time.monotonic() - started}

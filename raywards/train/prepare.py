@@ -1,42 +1,50 @@
 """Rows to prepared pairs on disk, once for the whole run: validated, encoded, with their lengths.
 
-A prepared folder holds Arrow shards that `datasets` maps, and a `prepared.json` written last.
-Its name carries a fingerprint of the rows, the rendering and the settings, so a run that is started
-again finds it, and changed data makes a new one.
+    rows ─range by range─► pairs-00000.arrow, pairs-00001.arrow, ...  ─► lengths.npy, prepared.json
+
+Each range of rows becomes one shard, in this process or as Ray tasks: the bytes are the same. The
+folder's name carries a fingerprint of the rows, the rendering and the settings, so a run that is
+started again finds it, and changed data makes a new one. `prepared.json` is written last.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import shutil
+import socket
 import uuid
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets.arrow_writer import ArrowWriter
+import numpy
+import pyarrow
 
-from raywards.errors import ConfigError, RowError
-from raywards.packing import common_prefix
-from raywards.preferences import NUMBERS, REASONS, encode_row
+from raywards.config import Objective
+from raywards.errors import ConfigError, RowError, did_you_mean
+from raywards.groups import columns_of, encode_group, is_conversational
+from raywards.packing import shared_prefix
+from raywards.preferences import NUMBERS, REASONS
 from raywards.rendering import Rendering
-from raywards.sources import RowRef, RowSet, read_rows
-from raywards.train.table import FEATURES
+from raywards.rowset import RowRef, RowSet
+from raywards.sources import read_rows
+from raywards.train.table import FEATURES, LENGTHS, open_shard
+from raywards.train.tasks import in_order
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3
-_ROWS_PER_SHARD = 50_000
-_ROWS_PER_CHUNK = 256
+_FORMAT = 4
+_ROWS_PER_SHARD = 20_000
+_ROWS_PER_CHUNK = 1000
 _BAD_ROWS_SHOWN = 5
+_UNREADABLE = ("not_json", "not_object")
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,8 @@ class EncodeSettings:
     max_length: int | None
     truncation: Literal["drop", "left", "right"]
     on_bad_row: Literal["error", "drop"]
+    objective: Objective = "bradley_terry"
+    attributes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,10 @@ class Prepared:
     """Those of `NUMBERS` that some pair has."""
     last_ids: list[int]
     """Ids that end some sequence."""
+    sources: list[tuple[str, int]]
+    """Names and pairs of the sources, in the order of the rows."""
+    most_sequences: int
+    """Of the largest group: 2 for pairs."""
 
 
 def prepare(
@@ -73,29 +87,49 @@ def prepare(
     *,
     name: str,
     split: str = "train",
-    num_proc: int = 1,
+    most_of_stream: int | None = None,
+    connect: Callable[[], Any] | None = None,
+    tasks_at_once: int | None = None,
 ) -> Prepared:
     """Encode every row of `source` into a folder below `parent`, or find it there already.
+
+    Args:
+        most_of_stream: Rows to take of each stream; None: all.
+        connect: Gives the `ray` module, connected. It is called where there are rows for more than
+            one shard: they become tasks then. None: all is done in this process.
+        tasks_at_once: Default: as many as the cluster has CPUs.
 
     Raises `RowError` for the first rows that cannot become pairs (unless they are to be dropped),
     and `ConfigError` where no pair is left.
     """
     row_sets = read_rows(source, split=split)
-    fingerprint = _fingerprint(row_sets, rendering, settings)
-    folder = parent / f"{name}-{fingerprint[:16]}"
-    prepared = _find(folder)
-    if prepared is not None:
-        logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
-        return prepared
     parent.mkdir(parents=True, exist_ok=True)
-    partial = parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial = parent / f".{name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
-        summary = _write_shards(row_sets, rendering, settings, partial, num_proc)
-        _refuse_nothing_left(name, summary)
-        shards = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        summary = {"format": _FORMAT, "fingerprint": fingerprint, **summary, "shards": shards}
-        (partial / "prepared.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        row_sets = [
+            rows.written_down(partial / f"stream-{place}.jsonl", most_of_stream)
+            if rows.is_stream
+            else rows
+            for place, rows in enumerate(row_sets)
+        ]
+        fingerprint = _fingerprint(row_sets, rendering, settings)
+        folder = parent / f"{name}-{fingerprint[:16]}"
+        prepared = _find(folder)
+        if prepared is not None:
+            logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
+            return prepared
+        ray = connect() if connect and sum(map(len, row_sets)) > _ROWS_PER_SHARD else None
+        # Closed, so that no task still writes when the folder is removed.
+        with contextlib.closing(
+            _encode(row_sets, rendering, settings, partial, ray, tasks_at_once)
+        ) as summaries:
+            total = _gather(summaries)
+        _refuse_nothing_left(name, total)
+        _write_lengths(partial, total["num_pairs"], total["files"])
+        _keep_only(partial, total["files"])
+        about = {"format": _FORMAT, "fingerprint": fingerprint, **total}
+        (partial / "prepared.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         prepared = _put(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -103,92 +137,136 @@ def prepare(
     return prepared
 
 
+def weigh(
+    sources: Sequence[tuple[str, int]], weights: Mapping[str, float] | None
+) -> tuple[tuple[int, float], ...]:
+    """Pairs and weight of each source, for a `TrainPlan`; empty where nothing is weighed.
+
+    Raises `ConfigError` for a weight of a source that is not there.
+    """
+    known = [name for name, _ in sources]
+    for name in weights or ():
+        if name not in known:
+            raise ConfigError(
+                f"dataset_weights.{name}: there is no such source among "
+                f"{', '.join(map(repr, known))}.{did_you_mean(name, known)}"
+            )
+    if not weights:
+        return ()
+    return tuple((count, weights.get(name, 1.0)) for name, count in sources if count)
+
+
 def _fingerprint(row_sets: list[RowSet], rendering: Rendering, settings: EncodeSettings) -> str:
     digest = hashlib.sha256(
         json.dumps([_FORMAT, rendering.fingerprint(), *vars(settings).items()]).encode()
     )
-    for row_set in row_sets:
-        digest.update(row_set.name.encode("utf-8", "surrogatepass"))
-        for row in row_set.rows:
-            text = json.dumps(row, sort_keys=True, default=str)
-            digest.update(text.encode())
+    for rows in row_sets:
+        digest.update(json.dumps([rows.name, rows.group, len(rows)]).encode())
+        digest.update(rows.digest())
     return digest.hexdigest()
 
 
-def _write_shards(
+# ---------------------------------------------------------------- ranges of rows
+
+
+@dataclass
+class _Summary:
+    """What became of a range of rows. Its pairs are on disk."""
+
+    source: str
+    num_rows: int = 0
+    num_pairs: int = 0
+    num_conversational: int = 0
+    dropped: collections.Counter[str] = field(default_factory=collections.Counter)
+    bad: list[RowError] = field(default_factory=list)
+    numbers: set[str] = field(default_factory=set)
+    last_ids: set[int] = field(default_factory=set)
+    most_sequences: int = 0
+    shard: tuple[str, int] | None = None
+    """Name and bytes; None where no pair is left."""
+    fatal: Exception | None = None
+    """What `on_bad_row` has no say in."""
+
+    def add(
+        self, pairs: list[tuple[dict[str, Any], bool]], errors: list[RowError], drop: bool
+    ) -> None:
+        self.num_rows += len(pairs) + len(errors)
+        self.num_pairs += len(pairs)
+        for error in errors:
+            if error.reason == "too_long" or drop:
+                self.dropped[error.reason] += 1
+            else:
+                self.bad.append(error)
+        for pair, conversational in pairs:
+            self.num_conversational += conversational
+            self.numbers.update(name for name in NUMBERS if pair[name] is not None)
+            self.last_ids.update(ids[-1] for ids in pair["sequences"])
+            self.most_sequences = max(self.most_sequences, pair["num_sequences"])
+
+
+def _encode(
     row_sets: list[RowSet],
     rendering: Rendering,
     settings: EncodeSettings,
     folder: Path,
-    num_proc: int,
-) -> dict[str, Any]:
-    """Encode in order and write shards; returns what `prepared.json` says."""
-    dropped: collections.Counter[str] = collections.Counter()
-    bad: list[RowError] = []
-    last_ids: set[int] = set()
-    num_pairs = num_rows = num_conversational = 0
-    numbers: set[str] = set()
-    writer, shard = None, 0
-    for pairs, errors in _encode(row_sets, rendering, settings, num_proc):
-        num_rows += len(pairs) + len(errors)
-        for error in errors:
-            if error.reason == "too_long" or settings.on_bad_row == "drop":
-                dropped[error.reason] += 1
-            else:
-                bad.append(error)
-        if len(bad) >= _BAD_ROWS_SHOWN:
-            break
-        for pair, conversational in pairs:
-            if writer is None:
-                path = folder / f"pairs-{shard:05d}.arrow"
-                writer, shard = ArrowWriter(path=str(path), features=FEATURES), shard + 1
-            writer.write(pair)
-            num_pairs += 1
-            num_conversational += conversational
-            numbers.update(name for name in NUMBERS if pair[name] is not None)
-            last_ids.update((pair["chosen_ids"][-1], pair["rejected_ids"][-1]))
-            if num_pairs % _ROWS_PER_SHARD == 0:
-                writer.finalize()
-                writer = None
-    if writer is not None:
-        writer.finalize()
-    if bad:
-        raise _together(bad, num_rows)
-    return {
-        "num_rows": num_rows,
-        "num_pairs": num_pairs,
-        "dropped": dict(dropped),
-        "conversational": 2 * num_conversational > num_pairs,
-        "numbers": sorted(numbers),
-        "last_ids": sorted(last_ids),
-    }
+    ray: Any,
+    at_once: int | None,
+) -> Generator[_Summary, None, None]:
+    """Encode range by range, here or as tasks; summaries come in the order of the rows."""
+    shared = (rendering, settings, folder)
+    work = (
+        (place, *one)
+        for place, one in enumerate(
+            (rows.part(start, min(start + _ROWS_PER_SHARD, len(rows))), required, _ROWS_PER_CHUNK)
+            for rows in row_sets
+            for required in [[name for name in NUMBERS if rows.has(name)]]
+            for start in range(0, len(rows), _ROWS_PER_SHARD)
+        )
+    )
+    if ray is None:
+        return (_encode_range(shared, *one) for one in work)
+    return in_order(ray, _encode_range, shared, work, at_once=at_once)
+
+
+def _encode_range(
+    shared: tuple[Rendering, EncodeSettings, Path],
+    place: int,
+    rows: RowSet,
+    required: list[str],
+    rows_per_chunk: int,
+) -> _Summary:
+    """Encode `rows` into the shard of their place."""
+    rendering, settings, folder = shared
+    summary = _Summary(rows.group or rows.name)
+    file = folder / f"pairs-{place:05d}.arrow"
+    # A task that was taken for lost may still be writing when it runs again elsewhere.
+    partial = file.with_suffix(f".{uuid.uuid4().hex[:8]}")
+    writer: Any = None
+    try:
+        for refs, chunk in _chunks(rows, rows_per_chunk):
+            pairs, errors = _encode_chunk(rendering, settings, refs, chunk, required)
+            summary.add(pairs, errors, settings.on_bad_row == "drop")
+            if len(summary.bad) >= _BAD_ROWS_SHOWN:
+                return summary
+            if pairs and writer is None:
+                writer = pyarrow.ipc.new_stream(str(partial), FEATURES.arrow_schema)
+            if pairs:
+                batch = [pair for pair, _ in pairs]
+                writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, FEATURES.arrow_schema))
+    except RowError as error:  # a line that cannot be read
+        summary.fatal = error
+    except FileNotFoundError:
+        summary.fatal = _not_seen(folder)
+    finally:
+        if writer is not None:
+            writer.close()
+    if writer is not None and summary.fatal is None:
+        partial.replace(file)
+        summary.shard = (file.name, file.stat().st_size)
+    return summary
 
 
 _Encoded = tuple[list[tuple[dict[str, Any], bool]], list[RowError]]
-
-
-def _encode(
-    row_sets: list[RowSet], rendering: Rendering, settings: EncodeSettings, num_proc: int
-) -> Iterator[_Encoded]:
-    """Encoded chunks in the order of the rows, from this process or from `num_proc` others."""
-    work = (
-        (rendering, settings, refs, rows, required)
-        for row_set in row_sets
-        for required in [[name for name in NUMBERS if row_set.has(name)]]
-        for refs, rows in _chunks(row_set)
-    )
-    if num_proc <= 1:
-        yield from (_encode_chunk(*task) for task in work)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, mp_context=context) as pool:
-        waiting: collections.deque[Future[_Encoded]] = collections.deque()
-        for task in work:
-            waiting.append(pool.submit(_encode_chunk, *task))
-            if len(waiting) >= 4 * num_proc:  # keep memory flat: rows are read as they are needed
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _encode_chunk(
@@ -202,10 +280,12 @@ def _encode_chunk(
     errors: list[RowError] = []
     for where, row in zip(refs, rows, strict=True):
         try:
-            pair = encode_row(
+            group = encode_group(
                 row,
                 where,
                 rendering,
+                objective=settings.objective,
+                attributes=settings.attributes,
                 max_length=settings.max_length,
                 truncation=settings.truncation,
                 required=required,
@@ -213,27 +293,100 @@ def _encode_chunk(
         except RowError as error:
             errors.append(error)
             continue
+        lengths = [len(ids) for ids in group.sequences]
         encoded = {
-            "chosen_ids": pair.chosen_ids,
-            "rejected_ids": pair.rejected_ids,
-            "margin": pair.margin,
-            "probability": pair.probability,
-            "length": max(len(pair.chosen_ids), len(pair.rejected_ids)),
-            "tokens": len(pair.chosen_ids)
-            + len(pair.rejected_ids)
-            - common_prefix(pair.chosen_ids, pair.rejected_ids),
+            **columns_of(group),
+            "length": max(lengths),
+            "tokens": sum(lengths) - (len(lengths) - 1) * shared_prefix(group.sequences),
+            "num_sequences": len(lengths),
             "source": where.source,
             "row": where.row,
         }
-        pairs.append((encoded, isinstance(row.get("chosen"), list)))
+        pairs.append((encoded, is_conversational(row)))
     return pairs, errors
 
 
-def _chunks(row_set: RowSet) -> Iterator[tuple[list[RowRef], list[Mapping[str, Any]]]]:
-    iterator, start = iter(row_set.rows), 0
-    while rows := list(itertools.islice(iterator, _ROWS_PER_CHUNK)):
-        yield [row_set.where(start + i) for i in range(len(rows))], rows
-        start += len(rows)
+def _chunks(
+    rows: RowSet, rows_per_chunk: int
+) -> Iterator[tuple[list[RowRef], list[Mapping[str, Any]]]]:
+    iterator, start = iter(rows.rows), 0
+    while chunk := list(itertools.islice(iterator, rows_per_chunk)):
+        yield [rows.where(start + i) for i in range(len(chunk))], chunk
+        start += len(chunk)
+
+
+def _not_seen(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder}: is not there on node {socket.gethostname()}, which was to encode rows into it. "
+        "output_dir or storage_path must be a folder that every node sees; or encode in the "
+        "driver's process (dataset_num_proc=1)."
+    )
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def _gather(summaries: Iterable[_Summary]) -> dict[str, Any]:
+    """What `prepared.json` says. Raises for bad rows as soon as there is a screenful of them."""
+    dropped: collections.Counter[str] = collections.Counter()
+    bad: list[RowError] = []
+    last_ids: set[int] = set()
+    numbers: set[str] = set()
+    files: dict[str, int] = {}
+    sources: list[list[Any]] = []
+    num_pairs = num_rows = num_conversational = most_sequences = 0
+    for summary in summaries:
+        if summary.fatal is not None:
+            raise summary.fatal
+        num_rows += summary.num_rows
+        bad += summary.bad
+        if len(bad) >= _BAD_ROWS_SHOWN:
+            break
+        num_pairs += summary.num_pairs
+        num_conversational += summary.num_conversational
+        dropped.update(summary.dropped)
+        numbers |= summary.numbers
+        last_ids |= summary.last_ids
+        most_sequences = max(most_sequences, summary.most_sequences)
+        files.update([summary.shard] if summary.shard else [])
+        pairs_before = sources.pop()[1] if sources and sources[-1][0] == summary.source else 0
+        sources.append([summary.source, pairs_before + summary.num_pairs])
+    if bad:
+        raise _together(bad, num_rows)
+    return {
+        "num_rows": num_rows,
+        "num_pairs": num_pairs,
+        "dropped": dict(dropped),
+        "conversational": 2 * num_conversational > num_pairs,
+        "numbers": sorted(numbers),
+        "last_ids": sorted(last_ids),
+        "sources": sources,
+        "most_sequences": most_sequences,
+        "files": files,
+    }
+
+
+def _write_lengths(folder: Path, num_pairs: int, files: dict[str, int]) -> None:
+    """One file with `length` and `tokens` of every pair, which workers map; enter it in `files`."""
+    lengths = numpy.lib.format.open_memmap(
+        folder / LENGTHS, mode="w+", dtype=numpy.int32, shape=(2, num_pairs)
+    )
+    start = 0
+    for name in files:
+        columns = open_shard(folder / name).select_columns(["length", "tokens"])
+        values = columns.with_format("numpy")[:]
+        stop = start + len(columns)
+        lengths[0, start:stop], lengths[1, start:stop] = values["length"], values["tokens"]
+        start = stop
+    lengths.flush()
+    files[LENGTHS] = (folder / LENGTHS).stat().st_size
+
+
+def _keep_only(folder: Path, files: dict[str, int]) -> None:
+    """Remove what streams, and tasks that were run again, have left."""
+    for path in folder.iterdir():
+        if path.name not in files:
+            path.unlink()
 
 
 def _together(bad: list[RowError], num_rows: int) -> RowError:
@@ -292,9 +445,10 @@ def _find(folder: Path) -> Prepared | None:
     """What a prepared folder holds, or None where it is not whole."""
     try:
         summary = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-        shards = summary.pop("shards")
-        whole = all((folder / name).stat().st_size == size for name, size in shards.items())
+        files = summary.pop("files")
+        whole = all((folder / name).stat().st_size == size for name, size in files.items())
     except (OSError, ValueError, KeyError):
         return None
     summary.pop("format")
+    summary["sources"] = [(name, count) for name, count in summary["sources"]]
     return Prepared(folder=folder, **summary) if whole else None

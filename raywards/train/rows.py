@@ -44,17 +44,14 @@ class Rows:
         self, table: PairTable, indices: Sequence[int], num_ranks: int, per_forward: int
     ) -> list[list[list[int]]]:
         """Pairs by rank and row; `per_forward` counts where the model pads."""
+        places = list(indices)
+        lengths = dict(zip(places, table.lengths[places].tolist(), strict=True))
         if self.padded:
-            return deal_batches(
-                indices, table.lengths, num_ranks=num_ranks, per_forward=per_forward
-            )
-        costs: Sequence[int] | dict[int, int] = table.tokens
+            return deal_batches(indices, lengths, num_ranks=num_ranks, per_forward=per_forward)
+        costs = dict(zip(places, table.tokens[places].tolist(), strict=True))
         if math.isfinite(self.window):
-            alone, lengths = self.max_tokens + 1, table.lengths
-            costs = {
-                i: max(table.tokens[i], alone) if lengths[i] > self.window else table.tokens[i]
-                for i in indices
-            }
+            alone = self.max_tokens + 1
+            costs = {i: max(c, alone) if lengths[i] > self.window else c for i, c in costs.items()}
         return deal(indices, costs, num_ranks=num_ranks, max_tokens=self.max_tokens)
 
 

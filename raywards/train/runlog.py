@@ -63,15 +63,17 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # a full disk, of which the run itself has told
+                logger.warning("the TensorBoard files end early: %s", error)
 
     def _start(self, record: dict[str, Any]) -> None:
-        """An attempt begins at `step`: what was logged beyond it belongs to lost work."""
+        """An attempt begins at `step`: its `history` is the lineage, and what was logged beyond it
+        belongs to lost work."""
         self.first_step, total = record["step"], record["total"]
-        if self.first_step == 0:
-            self.history = []
         lost = [entry for entry in self.history if entry["step"] > self.first_step]
-        self.history = [entry for entry in self.history if entry["step"] <= self.first_step]
+        self.history = list(record["history"])
         self._rewrite()
         self._open_board()
         self._started = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -20,8 +21,18 @@ from typing import Any, Protocol
 
 import torch
 
-from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.checkpoint import complete_checkpoints
 from raywards.errors import ConfigError, TrainingError
+from raywards.train.storage import (
+    Background,
+    checkpoint_of,
+    complete,
+    move_part,
+    remove_cut_off,
+    retain,
+)
+
+logger = logging.getLogger(__name__)
 
 Send = Callable[[str, dict[str, Any]], None]
 """Hands one record to whoever keeps the log: its kind ("log", "tick", ...) and its content."""
@@ -55,10 +66,20 @@ class Session(Protocol):
         """The newest complete checkpoint as a local folder, or None for a fresh start."""
 
     def scratch(self, name: str) -> Path:
-        """A new local folder to write this rank's part of checkpoint `name` into."""
+        """A new folder to write this rank's part of checkpoint `name` into."""
 
-    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        """Make the parts of all ranks the checkpoint `name`. A barrier: every rank calls it."""
+    def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
+        """Make the parts of all ranks the checkpoint `name`, and drop old checkpoints, but not that
+        of `best_step`. May go on in the background; every rank calls it."""
+
+    def check(self) -> None:
+        """Raise what went wrong in the background."""
+
+    def settle(self) -> None:
+        """Wait until what was committed is complete. A barrier: every rank calls it."""
+
+    def find(self, step: int) -> Path | None:
+        """The complete checkpoint of a step in the run folder. Every rank calls it."""
 
     def should_stop(self) -> bool:
         """Whether the driver has asked the run to stop, alike on all ranks: every rank calls it."""
@@ -68,7 +89,13 @@ class RaySession:
     """A worker of a Ray Train worker group. The process group is up when the loop starts."""
 
     def __init__(
-        self, send: Send, *, ask: Callable[[], Word], run: Path, explicit: Path | None
+        self,
+        send: Send,
+        *,
+        ask: Callable[[], Word],
+        run: Path,
+        explicit: Path | None,
+        keep: int | None,
     ) -> None:
         import ray.train.torch
 
@@ -78,8 +105,9 @@ class RaySession:
         self.ranks_on_node = context.get_local_world_size()
         self.device = ray.train.torch.get_device()
         self.send = send
+        self._run, self._explicit, self._keep = run, explicit, keep
         self._ask = ask
-        self._run, self._explicit = run, explicit
+        self._uploads = Background()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # NCCL moves objects through the current device
         names = [uuid.uuid4().hex[:8]]
@@ -90,7 +118,9 @@ class RaySession:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what killed attempts at this run left on this node's disk."""
+        """Remove what killed attempts at this run left on this node's disk and half-written."""
+        if self.rank == 0:
+            remove_cut_off(self._run)
         for folder in self._scratch.glob("checkpoint-*"):
             if self.attempt not in folder.name:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -111,17 +141,34 @@ class RaySession:
         folder.mkdir(parents=True)
         return folder
 
-    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        import ray.train
+    def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
+        # Not by `ray.train.report`: it cannot keep the newest and the best (its score is fixed when
+        # a checkpoint is reported), does not start again where we removed a folder, and ends an
+        # attempt from outside, without our error, where its background upload fails.
+        def upload() -> None:
+            target = self._run / name
+            try:
+                move_part(folder, target)
+                if self.rank == 0:
+                    complete(folder, target)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            if self.rank == 0 and self._keep is not None:
+                retain(self._run, self._keep, best_step)
 
-        try:
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=name,
-            )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        self._uploads.start(upload)
+
+    def check(self) -> None:
+        self._uploads.check()
+
+    def settle(self) -> None:
+        self._uploads.wait()
+        torch.distributed.barrier()
+
+    def find(self, step: int) -> Path | None:
+        found = [checkpoint_of(self._run, step) if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
     def should_stop(self) -> bool:
         # Ranks would hear of it at different steps if each asked.
@@ -154,22 +201,38 @@ class LocalSession:
         self.rank, self.world_size, self.ranks_on_node = 0, 1, 1
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         self.attempt = uuid.uuid4().hex[:8]
-        self.send, self.should_stop = send, should_stop
+        self._send, self.should_stop = send, should_stop
         self._run, self._explicit, self._keep = run, explicit, keep
-        for cut_off in run.glob(".checkpoint-*.partial"):
-            shutil.rmtree(cut_off)
 
-    def join_process_group(self, timeout_s: int) -> None:
-        """Make the process group of one that DeepSpeed asks for, unless there is one already.
+    def send(self, kind: str, record: dict[str, Any]) -> None:
+        try:
+            self._send(kind, record)
+        except OSError as error:  # of a full disk the next checkpoint tells, and more clearly
+            if kind == "start":
+                raise
+            logger.warning("a %s record could not be kept: %s", kind, error)
 
-        It stays until the process ends: DeepSpeed keeps references to it, and a second run in the
-        same notebook would fail on a new one.
+    @contextlib.contextmanager
+    def process_group(self, timeout_s: int) -> Iterator[None]:
+        """Inside it there is the process group of one that DeepSpeed asks for.
+
+        The group stays until the process ends: DeepSpeed keeps references to it, and a second run
+        in the same notebook would fail on a new one. The variables go: whoever trains next here,
+        or is started from here, would take itself for one of a job (accelerate, torchrun).
         """
         # DeepSpeed reads these even where the group exists.
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-            os.environ.setdefault(name, value)
-        if torch.distributed.is_initialized():
-            return
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        added = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(added)
+        try:
+            if not torch.distributed.is_initialized():
+                self._make_process_group(timeout_s)
+            yield
+        finally:
+            for name in added:
+                os.environ.pop(name, None)
+
+    def _make_process_group(self, timeout_s: int) -> None:
         torch.distributed.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
@@ -185,14 +248,19 @@ class LocalSession:
         yield complete[-1] if complete else self._explicit
 
     def scratch(self, name: str) -> Path:
-        folder = self._run / f".{name}.partial"
+        folder = self._run / name
         folder.mkdir(parents=True)
         return folder
 
-    def commit(self, folder: Path, name: str, metrics: dict[str, float]) -> None:
-        del metrics  # they are in the manifest
-        read_manifest(folder, kind="checkpoint")
-        os.replace(folder, self._run / name)
+    def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
         if self._keep is not None:
-            for old in complete_checkpoints(self._run)[: -self._keep]:
-                shutil.rmtree(old)
+            retain(self._run, self._keep, best_step)
+
+    def check(self) -> None:
+        """Nothing happens in the background."""
+
+    def settle(self) -> None:
+        """Nothing happens in the background."""
+
+    def find(self, step: int) -> Path | None:
+        return checkpoint_of(self._run, step)

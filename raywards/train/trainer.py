@@ -13,29 +13,65 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import trainer_pt_utils
 from transformers.trainer_utils import TrainOutput
 
 import raywards
 from raywards.checkpoint import complete_checkpoints, read_manifest
-from raywards.config import RewardConfig, RunPaths, as_dict, freeze
+from raywards.config import (
+    RewardConfig,
+    RunPaths,
+    as_dict,
+    attribute_weights,
+    check_objective,
+    freeze,
+    worker_range,
+)
 from raywards.errors import CheckpointError, ConfigError, TrainingError
-from raywards.loader import check_reward_model, create_model_from_path, load_tokenizer
+from raywards.heads import restore_heads, widen_head
+from raywards.loader import (
+    change_tokenizer,
+    check_reward_model,
+    create_model_from_path,
+    describe_files,
+    grow_vocabulary,
+    load_tokenizer,
+)
+from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
+from raywards.train.adapters import (
+    adopt,
+    as_facts,
+    attach,
+    check_peft_config,
+    classifier_in,
+    is_adapted,
+    save_base,
+)
+from raywards.train.best import Goal
 from raywards.train.callbacks import Callbacks
-from raywards.train.cluster import connect, run_on_ray
+from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
 from raywards.train.finished import FinishedRun
 from raywards.train.loop import evaluate_alone, train
-from raywards.train.prepare import EncodeSettings, Prepared, prepare
-from raywards.train.runfolder import claim, refuse_folder_of_a_job
+from raywards.train.prepare import EncodeSettings, Prepared, prepare, weigh
+from raywards.train.runfolder import (
+    claim,
+    fixed_settings,
+    hold,
+    refuse_folder_of_a_job,
+    settings_to_continue,
+)
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
-from raywards.train.table import count_sources
-from raywards.train.worker import Job, global_batch, may_be_half
-from raywards.train.zero import read_zero, zero_config
+from raywards.train.storage import checkpoint_of
+from raywards.train.tuning import check_cheaper, check_quantised
+from raywards.train.worker import Job, may_be_half
+from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
+from raywards.trl_fields import REFUSED_METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +81,11 @@ _NOT_SUPPORTED = {
     "optimizers": "AdamW and its schedule are set by the fields of RewardConfig",
     "optimizer_cls_and_kwargs": "AdamW is set by the fields of RewardConfig",
     "preprocess_logits_for_metrics": "metrics are sums over pairs, not over gathered predictions",
-    "quantization_config": "quantised training is not built yet",
-    "peft_config": "LoRA is not built yet: raywards trains all weights",
 }
+
+_SUMMARY = (
+    "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "epoch",
+)  # fmt: skip
 
 
 class RewardTrainer(FinishedRun):
@@ -61,16 +99,23 @@ class RewardTrainer(FinishedRun):
         trainer.train()
 
     Args:
-        model: A hub id, a folder, or a transformers classifier with one label.
+        model: A hub id, a folder, or a transformers classifier with one label; or such a classifier
+            with adapters in it, a `peft.PeftModel`, whose adapters and head are trained.
         args: Settings; default: `RewardConfig()`.
-        train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset`, a hub id, a
-            JSONL, JSON or Parquet file, a saved dataset folder, or a list of these.
+        train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset` or
+            `IterableDataset`, a hub id, a JSONL, JSON or Parquet file, a saved dataset folder, a
+            list of these, or a mapping of names to them.
         eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
         processing_class: Tokenizer, if not the model's own.
         callbacks: transformers' `TrainerCallback`s; docs/tracking.md says what they may do.
+        quantization_config: Load the base quantised (`transformers.BitsAndBytesConfig`).
+        peft_config: Train adapters and the head (`peft.LoraConfig`): see docs/fine_tuning.md.
 
     The other arguments are TRL's; they are refused by name.
     """
+
+    # As transformers' Trainer has them, for scripts that save what `train` and `evaluate` return.
+    from transformers.trainer_pt_utils import save_metrics, save_state
 
     def __init__(
         self,
@@ -94,8 +139,6 @@ class RewardTrainer(FinishedRun):
             "optimizers": None if tuple(optimizers) == (None, None) else optimizers,
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-            "quantization_config": quantization_config,
-            "peft_config": peft_config,
         }
         for name, value in given.items():
             if value is not None:
@@ -118,16 +161,25 @@ class RewardTrainer(FinishedRun):
         self.hub_model_id = self.args.hub_model_id or self.paths.name
         self.dropped: dict[str, dict[str, int]] = {}
         """Rows left out of each set, by reason."""
+        self._model_kwargs = _model_kwargs(self.args, model, quantization_config)
         self._model = model
-        self._model_kwargs = _model_kwargs(self.args, model)
-        self.processing_class = processing_class or load_tokenizer(
-            self.model_id,
-            revision=self._model_kwargs.get("revision"),
-            trust_remote_code=self.args.trust_remote_code,
+        self.processing_class = change_tokenizer(
+            processing_class
+            or load_tokenizer(
+                self.model_id,
+                revision=self._model_kwargs.get("revision"),
+                trust_remote_code=self.args.trust_remote_code,
+            ),
             eos_token=self.args.eos_token,
             chat_template_path=self.args.chat_template_path,
+            trust_remote_code=self.args.trust_remote_code,
         )
         self._rendering = Rendering(self.processing_class, control_tokens=self.args.control_tokens)
+        if not isinstance(model, str) and self.args.attributes:
+            raise ConfigError(
+                "attributes: a model that is loaded already has a head with one output. Pass its "
+                "path, and it gets one for each attribute."
+            )
         if not isinstance(model, str) and model.config.num_labels != 1:
             raise ConfigError(
                 f"model: has num_labels={model.config.num_labels}; reward models require "
@@ -145,6 +197,18 @@ class RewardTrainer(FinishedRun):
         self.add_callback = self.callback_handler.add_callback
         self.pop_callback = self.callback_handler.pop_callback
         self.remove_callback = self.callback_handler.remove_callback
+        self._peft = None if peft_config is None else check_peft_config(peft_config)
+        """A `peft.LoraConfig` for workers, which load the model themselves."""
+        if is_adapted(model):
+            if self._peft is not None:
+                raise ConfigError(
+                    "peft_config: the model is a PeftModel, with adapters of its own. Leave "
+                    "peft_config out, or merge them first (`merge_and_unload`)."
+                )
+            self._model = adopt(model)
+        elif self._peft is not None and not isinstance(model, str):
+            self._model, self._peft = attach(model, self._peft, seed=self.args.seed), None
+        self._check_tuning(stage=0)
 
     # ------------------------------------------------------------ public
 
@@ -171,25 +235,32 @@ class RewardTrainer(FinishedRun):
         started = time.monotonic()
         if self.args.use_cpu and self.args.use_gpu:
             raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
-        if isinstance(self.args.deepspeed, str) and not self.args.deepspeed.isdigit():
-            # A file is read once, here: workers run elsewhere, and its content is what counts.
-            self.args.deepspeed = read_zero(self.args.deepspeed)
+        check_objective(self.args)
+        settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.
-        zero_config(
+        zero = zero_config(
             self.args,
-            num_ranks=max(1, self.args.num_workers),
+            settings["deepspeed"],
+            num_ranks=self._most_ranks,
+            global_batch=settings["global_batch"],
             bf16=self._bf16,
-            half_weights=may_be_half(self._model, self._model_kwargs),
         )
+        self._check_tuning(stage_of(zero))
         if self._evaluates and self.eval_dataset is None:
             raise ConfigError(
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
                 "RewardTrainer was given none."
             )
-        self._read_config()  # a wrong model is refused before rows are encoded
+        Goal.of(self.args)
         if self.args.push_to_hub:
             self._open_repo()
-        job = self._prepare_job()
+        with hold(self.paths):
+            return self._train(settings, explicit, started)
+
+    def _train(
+        self, settings: dict[str, Any], explicit: Path | None, started: float
+    ) -> TrainOutput:
+        job = self._prepare_job(settings)
         freeze(self.args)
         use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
         self.callback_handler.new_run()
@@ -206,14 +277,20 @@ class RewardTrainer(FinishedRun):
             log.close()
         if log.finished is None:
             raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
+        self._note_best(log.finished)
         self._trained = True
+        output = self._output(log, time.monotonic() - started)
+        # As in transformers, the last record of the history sums the run up.
+        summed_up = {name: output.metrics[name] for name in _SUMMARY}
+        self.state.log_history = [*log.history, {"step": output.global_step, **summed_up}]
+        self.state.global_step, self.state.epoch = output.global_step, summed_up["epoch"]
         try:
             self.create_model_card()
         except OSError as error:  # a full disk: the export is whole without a card
             logger.warning("no model card (%s); create_model_card() writes it later", error)
         if self.args.push_to_hub:
             self.push_to_hub()
-        return self._output(log, time.monotonic() - started)
+        return output
 
     def evaluate(
         self, eval_dataset: Any = None, metric_key_prefix: str = "eval"
@@ -227,19 +304,29 @@ class RewardTrainer(FinishedRun):
             raise ConfigError("eval_dataset: is required: none was given here or to RewardTrainer.")
         prepared = self._prepare_evals(source, metric_key_prefix)
         model = self.model
+        if attributes := attribute_weights(self.args):
+            if self._trained:
+                restore_heads(model, self.paths.export, attributes)
+            else:
+                widen_head(model, attributes, self.args.seed)
         if self._use_gpu() and torch.cuda.is_available():
             model = model.to("cuda")
         metrics: dict[str, float] = {}
-        for prefix, held_out in prepared.items():
-            values = evaluate_alone(model, held_out.folder, self.args)
-            metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
+        with classifier_in(model) as inner:
+            for prefix, held_out in prepared.items():
+                values = evaluate_alone(inner, held_out.folder, self.args)
+                metrics.update({f"{prefix}_{name}": value for name, value in values.items()})
         self.state.log_history.append({"step": self.state.global_step, **metrics})
         self.callback_handler.report(metrics, metric_key_prefix)
         return metrics
 
     @property
     def model(self) -> Any:
-        """The transformers model: the export once there is one, else what training starts from."""
+        """The transformers model: the export once there is one, else what training starts from.
+
+        With `num_workers=0`, a model that was given as an object is trained in place, and is this
+        one; with adapters, a `PeftModel`.
+        """
         if not isinstance(self._model, str) and self.args.num_workers == 0:
             return self._model
         if self._trained:
@@ -248,19 +335,49 @@ class RewardTrainer(FinishedRun):
                 transformers.AutoModelForSequenceClassification,
                 dtype="auto",
                 device_map=None,
+                trust_remote_code=self._model_kwargs.get("trust_remote_code", False),
             )
         if not isinstance(self._model, str):
             return self._model
         transformers.set_seed(self.args.seed)
-        return create_model_from_path(
+        model = create_model_from_path(
             self._model,
             transformers.AutoModelForSequenceClassification,
             device_map=None,
             **self._model_kwargs,
         )
+        if self.args.chat_template_path is not None:
+            grow_vocabulary(model, self.processing_class)
+        return model
 
     def end(self) -> None:
         """Nothing is left to end: TRL's scripts call it."""
+
+    def is_world_process_zero(self) -> bool:
+        """The script runs once, in the driver."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def metrics_format(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Metrics as transformers prints them."""
+        formatted: dict[str, Any] = trainer_pt_utils.metrics_format(_in_lines(metrics))
+        return formatted
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Print metrics of a split, one a line."""
+        trainer_pt_utils.log_metrics(self, split, _in_lines(metrics))
+
+    if not TYPE_CHECKING:  # else no missing attribute would be found
+
+        def __getattr__(self, name: str) -> Any:
+            advice = REFUSED_METHODS.get(name)
+            told = (
+                f"raywards does not have this method of TRL. {advice}"
+                if advice
+                else "no such name."
+            )
+            raise AttributeError(f"RewardTrainer.{name}: {told}")
 
     # ------------------------------------------------------------ before the workers
 
@@ -281,10 +398,74 @@ class RewardTrainer(FinishedRun):
             return torch.cuda.is_available()
         return bool(connect().cluster_resources().get("GPU", 0) >= 1)
 
+    @property
+    def _most_ranks(self) -> int:
+        return max(1, worker_range(self.args)[1])
+
+    def _fixed_settings(self, explicit: Path | None) -> dict[str, Any]:
+        """What must not change while the run is continued, but for the pairs, not known yet."""
+        half = may_be_half(self._model, self._model_kwargs)
+        stage = default_stage(most_ranks=self._most_ranks, half_weights=half)
+        facts = {
+            "model": self.model_id,
+            "model_files": describe_files(self._model, self._model_kwargs),
+            "rendering": self._rendering.fingerprint(),
+            "bf16": self._bf16,  # unset means True
+            "model_init_kwargs": {
+                name: str(value) for name, value in self._model_kwargs.items() if name != "token"
+            },
+            "global_batch": self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self._most_ranks,
+            # A file is read once, here: workers run elsewhere, and its content is what counts.
+            "deepspeed": read_zero(self.args.deepspeed or stage),
+            **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
+        }
+        return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
+
+    @property
+    def _lora(self) -> Any:
+        """The `peft.LoraConfig` of the adapters that are trained, or None."""
+        if is_adapted(self._model):
+            [config] = self._model.peft_config.values()
+            return config
+        return self._peft
+
+    def _check_tuning(self, stage: int) -> None:
+        lora = self._lora
+        check_cheaper(self.args)
+        if lora is not None and self.args.freeze:
+            raise ConfigError(
+                "freeze: all weights but the adapters' and the head's are frozen anyway. Leave "
+                "freeze or the adapters out."
+            )
+        if lora is not None and self.args.attributes:
+            raise ConfigError(
+                "attributes: several heads beside adapters are not supported: the adapter that is "
+                "kept would have another head than the export. Leave one of the two out."
+            )
+        quantised = "quantization_config" in self._model_kwargs
+        if quantised:
+            check_quantised("quantization_config", adapted=lora is not None)
+        if quantised and stage == 3:
+            raise ConfigError(
+                "deepspeed: ZeRO stage 3 cannot partition a quantised base: its scales are no "
+                "parameters. Set deepspeed to 0, 1 or 2."
+            )
+
     def _read_config(self) -> Any:
         if isinstance(self._model, str):
             return check_reward_model(self._model, self._model_kwargs)
         return self._model.config
+
+    def _encode_settings(self) -> EncodeSettings:
+        return EncodeSettings(
+            self.args.max_length,
+            self.args.truncation,
+            self.args.on_bad_row,
+            self.args.objective,
+            tuple(self.args.attributes or ()),
+        )
 
     def _resume_point(self, asked: str | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
@@ -305,52 +486,53 @@ class RewardTrainer(FinishedRun):
             )
         return None
 
-    def _prepare_job(self) -> Job:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
-        try:
-            self.paths.run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir: {self.paths.run} cannot be made a folder ({error.strerror}). Give a "
-                "path that this user may write to."
-            ) from None
-        num_proc = self.args.dataset_num_proc or 1
-        pairs = prepare(
-            self.train_dataset, self._rendering, settings, self.paths.prepared,
-            name="train", num_proc=num_proc,
-        )  # fmt: skip
+    def _prepare_job(self, settings: dict[str, Any]) -> Job:
+        batch = settings["global_batch"]
+        with ray_for_tasks(self.args) as connect:
+            pairs = prepare(
+                self.train_dataset,
+                self._rendering,
+                self._encode_settings(),
+                self.paths.prepared,
+                name="train",
+                most_of_stream=self.args.max_steps * batch if self.args.max_steps > 0 else None,
+                connect=connect,
+                tasks_at_once=self.args.dataset_num_proc,
+            )
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
-        self._refuse_empty_epoch(pairs)
-        identity = claim(
-            self.paths,
-            self.args,
-            {
-                "model": self.model_id,
-                "pairs": pairs.fingerprint,
-                "bf16": self._bf16,  # unset means True
-                "model_init_kwargs": {
-                    name: str(value)
-                    for name, value in self._model_kwargs.items()
-                    if name != "token"
-                },
-            },
+        Goal.of(self.args).refuse_unknown_metric(
+            {prefix: held_out.folder for prefix, held_out in evals.items()}
         )
-        model = self._model
-        if not isinstance(model, str) and self.args.num_workers > 0:
-            # Workers are other processes: they load the given model from a folder.
+        mixture = weigh(pairs.sources, self.args.dataset_weights)  # type: ignore[arg-type]
+        self._refuse_empty_epoch(TrainPlan(pairs.num_pairs, batch, seed=0, mixture=mixture))
+        settings["pairs"] = pairs.fingerprint
+        claim(self.paths, self.args, settings)
+        model, adapter = self._model, None
+        partly = self._lora is not None or bool(self.args.freeze)
+        untrained = model if partly and isinstance(model, str) else None
+        if not isinstance(model, str) and (partly or self.args.num_workers != 0):
             folder = self.paths.run / "initial-model"
-            model.save_pretrained(folder)
-            model = str(folder)
+            save_base(model, folder)
+            untrained = str(folder) if partly else None
+            if self.args.num_workers != 0:
+                # Workers are other processes: they load the given model from a folder.
+                if is_adapted(model):
+                    adapter = self.paths.run / "initial-adapter"
+                    model.save_pretrained(adapter)
+                model = str(folder)
         return Job(
             config=self.args,
             paths=self.paths,
             model=model,
+            peft=self._peft,
+            adapter=adapter,
+            untrained=untrained,
             model_kwargs=self._model_kwargs,
             rendering=self._rendering,
             train=pairs.folder,
             evals={prefix: held_out.folder for prefix, held_out in evals.items()},
-            identity=identity,
+            settings=settings,
             about={
                 "base_model": self.model_id,
                 "revision": self._model_kwargs.get("revision"),
@@ -361,32 +543,35 @@ class RewardTrainer(FinishedRun):
                 "pairs": pairs.fingerprint,
                 "num_rows": pairs.num_rows,
                 "num_pairs": pairs.num_pairs,
-                "sources": count_sources(pairs.folder),
+                "sources": dict(pairs.sources),
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
                 "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
+                **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
             },
             last_ids=pairs.last_ids,
+            mixture=mixture,
             may_stop=self.callback_handler.may_stop,
         )
 
-    def _refuse_empty_epoch(self, pairs: Prepared) -> None:
-        batch = global_batch(self.args, max(1, self.args.num_workers))
-        if self.args.dataloader_drop_last and pairs.num_pairs < batch:
+    def _refuse_empty_epoch(self, plan: TrainPlan) -> None:
+        if self.args.dataloader_drop_last and plan.pairs_per_epoch < plan.global_batch:
             raise ConfigError(
-                f"dataloader_drop_last=True leaves nothing to train: there are {pairs.num_pairs} "
-                f"pairs, and a global batch takes {batch}. Set it to False, or lower "
-                "per_device_train_batch_size."
+                "dataloader_drop_last=True leaves nothing to train: an epoch has "
+                f"{plan.pairs_per_epoch} pairs, and a global batch takes {plan.global_batch}. Set "
+                "it to False, or lower per_device_train_batch_size."
             )
 
     def _plan_in_words(self, job: Job, use_gpu: bool) -> str:
-        workers = f"{self.args.num_workers} workers" if self.args.num_workers else "one process"
+        fewest, most = worker_range(self.args)
+        workers = f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
+        workers = workers if most else "one process"
         device = "GPU" if use_gpu else "CPU"
         pairs = job.about["num_pairs"]
         return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
-        settings = EncodeSettings(self.args.max_length, self.args.truncation, self.args.on_bad_row)
+        settings = self._encode_settings()
         import datasets
 
         named = isinstance(source, Mapping) and not isinstance(source, datasets.Dataset)
@@ -415,10 +600,17 @@ class RewardTrainer(FinishedRun):
             keep=self.args.save_total_limit,
             use_gpu=use_gpu,
         )
-        session.join_process_group(self.args.ddp_timeout)
-        train(job, session)
+        with session.process_group(self.args.ddp_timeout):
+            train(job, session)
 
     # ------------------------------------------------------------ after the workers
+
+    def _note_best(self, finished: dict[str, Any]) -> None:
+        """transformers' fields of the state that say which checkpoint is the best."""
+        self.state.best_metric = finished["best_metric"]
+        self.state.best_global_step = finished["best_step"]
+        folder = finished["best_step"] and checkpoint_of(self.paths.run, finished["best_step"])
+        self.state.best_model_checkpoint = str(folder) if folder else None
 
     def _output(self, log: RunLog, seconds: float) -> TrainOutput:
         records = [entry for entry in log.history if "loss" in entry]
@@ -427,12 +619,20 @@ class RewardTrainer(FinishedRun):
             entry["loss"] * (entry["step"] - start)
             for entry, start in zip(records, starts, strict=False)
         ]
-        held_out = [entry for entry in log.history if any(k.startswith("eval") for k in entry)]
         assert log.finished is not None
-        share = 1 - log.first_step / max(1, log.finished["step"])  # what this call trained
+        held_out = [
+            entry
+            for entry in log.history
+            if entry["step"] <= log.finished["exported_step"]
+            and any(k.startswith("eval") for k in entry)
+        ]
+        steps = log.finished["step"]
+        share = 1 - log.first_step / max(1, steps)  # what this call trained
         metrics = {
             "train_runtime": seconds,
             "train_samples_per_second": share * log.finished["num_pairs"] / seconds,
+            "train_steps_per_second": share * steps / seconds,
+            "epoch": max((entry["epoch"] for entry in log.history), default=0.0),
             "num_pairs": log.finished["num_pairs"],
             "num_dropped": {name: sum(counts.values()) for name, counts in self.dropped.items()},
             "dropped": self.dropped,
@@ -441,7 +641,7 @@ class RewardTrainer(FinishedRun):
         }
         mean = sum(weighted) / starts[-1] if starts[-1] else float("nan")
         metrics["train_loss"] = mean
-        return TrainOutput(log.finished["step"], mean, metrics)
+        return TrainOutput(steps, mean, metrics)
 
 
 class _Console:
@@ -462,6 +662,11 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     return args
 
 
+def _in_lines(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts by set and by reason as a line of JSON each."""
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in metrics.items()}
+
+
 def _absolute_if_folder(model: Any) -> Any:
     """Workers run in a folder of their own: a relative path would not be found there."""
     if isinstance(model, (str, Path)):
@@ -470,8 +675,15 @@ def _absolute_if_folder(model: Any) -> Any:
     return model
 
 
-def _model_kwargs(args: RewardConfig, model: Any) -> dict[str, Any]:
+def _model_kwargs(args: RewardConfig, model: Any, quantization_config: Any) -> dict[str, Any]:
     kwargs = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    if quantization_config is not None:
+        if "quantization_config" in kwargs:
+            raise ConfigError(
+                "quantization_config: is given to RewardTrainer and in model_init_kwargs; take one "
+                "of them out."
+            )
+        kwargs["quantization_config"] = quantization_config
     if not isinstance(model, str):
         if kwargs:
             raise ConfigError(

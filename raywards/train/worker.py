@@ -5,11 +5,14 @@ What is done with them, step by step, is in `loop`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,23 +27,38 @@ from transformers import AutoModelForSequenceClassification, get_scheduler
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
 
+import raywards
 from raywards.checkpoint import export_model, list_files, read_manifest, write_manifest
-from raywards.config import RewardConfig, RunPaths
+from raywards.config import RewardConfig, RunPaths, attribute_weights
 from raywards.errors import CheckpointError, ConfigError, NonFiniteError
-from raywards.loader import check_reward_model, create_model_from_path
-from raywards.metrics import PairMetrics
+from raywards.heads import FILE, describe_heads, fold_heads, widen_head
+from raywards.loader import check_reward_model, create_model_from_path, grow_vocabulary
+from raywards.metrics import Metrics
 from raywards.model import RewardModel, disable_dropout
+from raywards.objectives import build_objective
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
 from raywards.settle import settle_path
+from raywards.train.adapters import Adapters, attach, is_adapted, load_adapter
+from raywards.train.reshard import load_resharded, resharded
 from raywards.train.rows import Rows, fit_rows, free_bytes, most_tokens
+from raywards.train.runfolder import checkpoint_settings, refuse_other_run
 from raywards.train.session import Session
+from raywards.train.storage import checkpoint_name, writing
 from raywards.train.table import PairTable
+from raywards.train.tuning import (
+    apply_liger,
+    freeze,
+    load_untrained,
+    prepare_quantised,
+    with_trained,
+)
 from raywards.train.zero import build_ops, fill_model_sizes, stage_of, zero_config
 
 logger = logging.getLogger(__name__)
 
 _TAG = "engine"
+_LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,13 +75,22 @@ class Job:
     """Prepared folder."""
     evals: dict[str, Path]
     """Prepared folders by the prefix of their metrics."""
-    identity: str
-    """Digest of what must not change between attempts: model, pairs, settings."""
+    settings: dict[str, Any]
+    """What must not change while the run is continued (`runfolder.fixed_settings`)."""
     about: dict[str, Any]
     """What the export's manifest says of the run."""
     last_ids: list[int]
-    may_stop: bool
+    may_stop: bool = False
     """Whether a callback may ask the run to stop; the ranks then agree on it after each step."""
+    mixture: tuple[tuple[int, float], ...] = ()
+    """Pairs and weight of each source, where some weigh other than 1."""
+    peft: Any = None
+    """A `peft.LoraConfig`: adapters to put into the model."""
+    adapter: Path | None = None
+    """A peft folder: the adapter that the model came with."""
+    untrained: str | None = None
+    """Folder or hub id of the model without adapters, where some of its weights are not trained:
+    these are not in checkpoints, and the export takes them from there."""
 
 
 @dataclass
@@ -73,6 +100,9 @@ class State:
     step: int = 0
     num_pairs: int = 0
     num_tokens: int = 0
+    best_metric: float | None = None
+    best_step: int | None = None
+    evaluations_without_improvement: int = 0
 
 
 @dataclass
@@ -85,11 +115,24 @@ class Worker:
     pairs: PairTable
     plan: TrainPlan
     rows: Rows
-    metrics: PairMetrics
+    metrics: Metrics
     total_steps: int
     export_dtype: torch.dtype
     clipper: Clipper | None = None
+    adapters: Adapters | None = None
     state: State = field(default_factory=State)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """On rank 0: every record of the lineage of the weights."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Keep a record and hand it to the driver; rank 0 alone calls it."""
+        self.history.append(record)
+        self.session.send("log", record)
+
+    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    """Indices of each row of this step on this rank, and the losses of its pairs."""
+    saved_step: int | None = None
+    """Step of the last checkpoint."""
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
@@ -115,10 +158,22 @@ class Clipper:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self.norm = float(norm)
         if not math.isfinite(self.norm):
-            raise NonFiniteError(
-                "the norm of the gradient is not finite. The update was not applied. Lower "
-                "learning_rate, or set max_grad_norm."
-            )
+            raise NonFiniteError("the norm of the gradient is not finite")
+
+
+@contextlib.contextmanager
+def open_worker(job: Job, session: Session) -> Iterator[Worker]:
+    """A worker for the time of the block; afterwards the model is as transformers made it."""
+    try:
+        worker = build_worker(job, session)
+        try:
+            yield worker
+        finally:
+            worker.engine.module.unwrap()  # it may be the caller's own model
+            if worker.adapters is not None:
+                worker.adapters.close()
+    finally:
+        unset_hf_deepspeed_config()  # else ZeRO-3 would partition what this process loads next
 
 
 def build_worker(job: Job, session: Session) -> Worker:
@@ -128,9 +183,10 @@ def build_worker(job: Job, session: Session) -> Worker:
     bf16 = config.bf16 if config.bf16 is not None else True
     settings = zero_config(
         config,
+        job.settings["deepspeed"],
         num_ranks=session.world_size,
+        global_batch=job.settings["global_batch"],
         bf16=bf16,
-        half_weights=may_be_half(job.model, job.model_kwargs),
     )
     if not on_gpu:  # on GPUs DeepSpeed does without this op
         build_ops(say=lambda text: _note(session, text))
@@ -140,18 +196,23 @@ def build_worker(job: Job, session: Session) -> Worker:
     fill_model_sizes(settings, hidden_size(job))
     # transformers sees ZeRO-3 through this object, for as long as it lives.
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
-    inner = load_model(job)
+    inner, adapters = load_model(job, stage_of(settings))
+    if adapters is not None:
+        _note(session, adapters.in_words())
     refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
+    if config.use_liger_kernel:
+        apply_liger(inner, session.device)
     model = RewardModel(inner)
 
     pairs = PairTable(job.train)
     plan = TrainPlan(
         num_pairs=len(pairs),
-        global_batch=global_batch(config, session.world_size),
+        global_batch=job.settings["global_batch"],
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,
+        mixture=job.mixture,
     )
     total_steps = count_steps(config, plan)
     optimizer = build_optimizer(model, config)
@@ -182,10 +243,11 @@ def build_worker(job: Job, session: Session) -> Worker:
         pairs,
         plan,
         plan_rows(engine, pairs, config, session),
-        PairMetrics(session.device),
+        build_objective(config).metrics(session.device),
         total_steps,
         asked_dtype(job, inner),
         clipper,
+        adapters,
     )
 
 
@@ -195,17 +257,51 @@ def _note(session: Session, text: str) -> None:
     logger.info("%s", text)
 
 
-def load_model(job: Job) -> Any:
-    """The transformers classifier: whole on every rank, or partitioned under ZeRO-3."""
-    if not isinstance(job.model, str):
-        return job.model
-    return create_model_from_path(
-        job.model,
-        AutoModelForSequenceClassification,
-        num_labels=1,
-        device_map=None,
-        **job.model_kwargs,
-    )
+def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
+    """The transformers classifier, whole on every rank or partitioned under ZeRO-3, and the
+    adapters in it."""
+    model = job.model
+    if isinstance(model, str):
+        model = create_model_from_path(
+            model,
+            AutoModelForSequenceClassification,
+            num_labels=1,
+            device_map=None,
+            **job.model_kwargs,
+        )
+    fit_vocabulary(model, job)
+    if attributes := attribute_weights(job.config):
+        widen_head(model, attributes, job.config.seed)
+    if "quantization_config" in job.model_kwargs:
+        prepare_quantised(model)
+    if job.config.freeze:
+        freeze(model, job.config.freeze)
+    if job.adapter is not None:
+        model = load_adapter(model, job.adapter, cast_adapters=stage < 3)
+    elif job.peft is not None:
+        model = attach(model, job.peft, seed=job.config.seed, cast_adapters=stage < 3)
+    if not is_adapted(model):
+        return model, None
+    adapters = Adapters(model)
+    if stage == 0:  # there the weights are their own masters
+        for parameter in adapters.inner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapters.inner, adapters
+
+
+def fit_vocabulary(model: Any, job: Job) -> None:
+    """Give the model the closing token, and tokens, that the settings bring with them."""
+    if job.config.chat_template_path is None and job.config.eos_token is None:
+        return
+    size = model.get_input_embeddings().num_embeddings
+    grow_vocabulary(model, job.rendering.tokenizer)
+    if job.untrained is not None and model.get_input_embeddings().num_embeddings > size:
+        raise ConfigError(
+            "chat_template_path: its tokenizer has tokens that the model lacks, and their new "
+            "embeddings would not be trained beside adapters or under freeze. Train all weights, "
+            "or give a .jinja file."
+        )
 
 
 def hidden_size(job: Job) -> int:
@@ -236,7 +332,8 @@ def asked_dtype(job: Job, inner: Any) -> torch.dtype:
 
 def refuse_without_master_weights(inner: Any, bf16: bool, stage: int) -> None:
     """Weights of 8 or 11 significant bits do not move under small updates."""
-    if inner.dtype != torch.float32 and bf16 and stage == 0:
+    trained = {p.dtype for p in inner.parameters() if p.requires_grad}
+    if trained != {torch.float32} and bf16 and stage == 0:
         raise ConfigError(
             f"ZeRO stage 0 trains the weights as they are loaded, in "
             f"{str(inner.dtype).removeprefix('torch.')}: there would be no fp32 masters. Load them "
@@ -262,9 +359,10 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     model: RewardModel = engine.module
     bf16 = config.bf16 if config.bf16 is not None else True
     settle_path(model, run=engine, autocast=bf16)
-    if max(pairs.lengths) > model.max_tokens:
+    longest = int(pairs.lengths.max())
+    if longest > model.max_tokens:
         raise ConfigError(
-            f"max_length={config.max_length}: there are sequences of {max(pairs.lengths)} tokens, "
+            f"max_length={config.max_length}: there are sequences of {longest} tokens, "
             f"and beyond {model.max_tokens} a reward of {type(model.inner).__name__} depends on "
             f"what else is in its batch (docs/families.md). Set max_length={model.max_tokens}."
         )
@@ -282,8 +380,8 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
             num_parameters=sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         ),
         most_tokens=int(min(most_tokens(session.device), model.most_tokens)),
-        longest=2 * per_forward * max(pairs.lengths) if padded else max(pairs.tokens),
-        checkpointing=config.gradient_checkpointing,
+        longest=pairs.most_sequences * per_forward * longest if padded else int(pairs.tokens.max()),
+        checkpointing=config.activation_offloading or config.gradient_checkpointing,
         max_tokens=config.max_tokens_per_row,
     )
     engine.train()
@@ -291,13 +389,19 @@ def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Sess
     torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MIN)
     fit = replace(fit, keeps_activations=bool(agreed[0]), max_tokens=int(agreed[1]))
     if not fit.keeps_activations:
-        model.inner.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=config.gradient_checkpointing_kwargs
-            or {"use_reentrant": False}
+        checkpointing: dict[str, Any] = dict(
+            config.gradient_checkpointing_kwargs or {"use_reentrant": False}  # type: ignore[arg-type]
         )
+        model.inner.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+        if checkpointing.get("use_reentrant") and not _embeddings_trained(model.inner):
+            model.inner.enable_input_require_grads()  # else no gradient leaves a reentrant layer
     path = "padded" if padded else model.path
     _note(session, f"The model takes {path} rows. {fit.in_words()}")
     return Rows(padded, fit.max_tokens, model.window)
+
+
+def _embeddings_trained(inner: Any) -> bool:
+    return all(p.requires_grad for p in inner.get_input_embeddings().parameters())
 
 
 def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim.AdamW:
@@ -316,11 +420,6 @@ def build_optimizer(model: torch.nn.Module, config: RewardConfig) -> torch.optim
         eps=config.adam_epsilon,
         fused=True,
     )
-
-
-def global_batch(config: RewardConfig, num_ranks: int) -> int:
-    """Pairs of one optimizer step over all workers."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * num_ranks
 
 
 def count_steps(config: RewardConfig, plan: TrainPlan) -> int:
@@ -342,29 +441,48 @@ def warmup_steps(config: RewardConfig, total_steps: int) -> int:
 def save(worker: Worker) -> None:
     """Write this rank's part of a checkpoint and hand it over. A collective."""
     session, state = worker.session, worker.state
-    name = f"checkpoint-{state.step:06d}-{session.attempt}"
+    name = checkpoint_name(state.step, session.attempt)
     folder = session.scratch(name)
-    window = worker.metrics.gather_on_first_rank(session.rank)
-    client_state = {
-        "raywards": {**dataclasses.asdict(state), "window": window, "ranks": session.world_size}
-    }
-    worker.engine.save_checkpoint(str(folder), tag=_TAG, client_state=client_state)
-    torch.save(_random_state(session.device), folder / f"random-{session.rank}.pt")
+    try:
+        with writing(folder):
+            _write_part(worker, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    session.commit(folder, name, best_step=state.best_step)
+    worker.saved_step = state.step
+    if session.rank == 0:
+        session.send("save", {"step": state.step, "checkpoint": name})
 
+
+def _write_part(worker: Worker, folder: Path) -> None:
+    session, state = worker.session, worker.state
+    window = worker.metrics.gather_on_first_rank(session.rank)
+    client_state = {"raywards": {**dataclasses.asdict(state), "window": window}}
+    worker.engine.save_checkpoint(
+        str(folder),
+        tag=_TAG,
+        client_state=client_state,
+        exclude_frozen_parameters=worker.job.untrained is not None,
+    )
+    torch.save(random_state(session.device), folder / f"random-{session.rank}.pt")
+
+    if session.rank == 0:
+        # The driver may die before it has fetched the last ones.
+        lines = (json.dumps(record) + "\n" for record in worker.history)
+        (folder / _LOG).write_text("".join(lines), encoding="utf-8")
     parts: list[Any] = [None] * session.world_size
     torch.distributed.all_gather_object(parts, list_files(folder))
     files = {file: size for part in parts for file, size in part.items()}
     if session.rank == 0:
         content = {
             "kind": "checkpoint",
-            "identity": worker.job.identity,
+            "raywards": raywards.__version__,
+            "settings": worker.job.settings,
             "num_ranks": session.world_size,
             **dataclasses.asdict(state),
         }
         write_manifest(folder, content, files)
-    session.commit(folder, name, {"step": state.step})
-    if session.rank == 0:
-        session.send("save", {"step": state.step, "checkpoint": name})
 
 
 def resume(worker: Worker) -> State:
@@ -374,66 +492,116 @@ def resume(worker: Worker) -> State:
             return worker.state
         manifest = read_manifest(folder, kind="checkpoint")
         check_fits(folder, manifest, worker)
-        path, client_state = worker.engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
-        saved = dict(client_state["raywards"])
-        saved.pop("ranks")
+        saved = dict(load_engine(worker, folder, manifest)["raywards"])
         worker.metrics.restore(saved.pop("window"), worker.session.rank)
         worker.state = State(**saved)
+        worker.saved_step = worker.state.step
+        if worker.session.rank == 0:
+            lines = (folder / _LOG).read_text(encoding="utf-8").splitlines()
+            worker.history = [json.loads(line) for line in lines]
         file = folder / f"random-{worker.session.rank}.pt"
-        _set_random_state(torch.load(file, weights_only=False), worker.session.device)
+        if file.is_file():
+            set_random_state(torch.load(file, weights_only=False), worker.session.device)
+        else:  # of a rank that was not there: its dropout starts from a seed of its own
+            own = 7919 * worker.state.step + worker.session.rank
+            transformers.set_seed((worker.job.config.seed + own) % 2**32)
     return worker.state
+
+
+def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights, optimizer and schedule of a checkpoint, written by any number of ranks.
+
+    A collective. Returns what `save` handed DeepSpeed besides.
+    """
+    engine, session = worker.engine, worker.session
+    stage = engine.zero_optimization_stage()
+    if stage == 0 or manifest["num_ranks"] == session.world_size:
+        path, client_state = engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=worker.job.untrained is None
+        )
+    else:
+        _note(
+            session,
+            f"{folder.name} is of {manifest['num_ranks']} workers and there are "
+            f"{session.world_size} now: its ZeRO-{stage} shards are converted.",
+        )
+        with resharded(folder / _TAG, worker.job.paths.run, session.rank) as converted:
+            path, client_state = load_resharded(engine, converted)
+    if path is None:
+        raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")
+    return dict(client_state)
 
 
 def check_fits(folder: Path, manifest: dict[str, Any], worker: Worker) -> None:
     """Refuse a checkpoint of another run: to go on would train something nobody asked for."""
-    if manifest["identity"] != worker.job.identity:
-        raise CheckpointError(
-            f"{folder}: is of another run: of another model, other pairs or other settings. Give "
-            "this run another output_dir or run_name, or go back to the settings in its run.json."
-        )
-    if manifest["num_ranks"] != worker.session.world_size:
-        raise CheckpointError(
-            f"{folder}: was written by {manifest['num_ranks']} workers, and this run has "
-            f"{worker.session.world_size}: resuming at another number of workers is not supported "
-            f"yet. Set num_workers={manifest['num_ranks']}."
-        )
+    theirs = checkpoint_settings(folder, manifest)
+    refuse_other_run(f"{folder}: is", theirs, worker.job.settings)
 
 
-def export(worker: Worker) -> None:
-    """Write the Hugging Face folder to score with, from full-precision weights. A collective."""
+def export(worker: Worker, held: State) -> None:
+    """Write the Hugging Face folder to score with, from full-precision weights. A collective.
+
+    `held` is where the run stood with the weights that the engine holds: at its end or its best.
+    """
     job, rank = worker.job, worker.session.rank
     inner = worker.engine.module.inner
-    weights = dict(full_weights(inner, keep=rank == 0))
+    partly = job.untrained is not None
+    weights = dict(full_weights(inner, keep=rank == 0, trained_only=partly))
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
-        about = {**job.about, **dataclasses.asdict(worker.state)}
-        manifest = export_model(
-            inner,
-            weights,
-            job.rendering,
-            job.paths.export,
-            dtype=worker.export_dtype,
-            training=about,
-            last_ids=job.last_ids,
-        )
+        about = {**job.about, **dataclasses.asdict(held), "last_step": worker.state.step}
+        beside = {}
+        if attributes := attribute_weights(job.config):
+            beside = {FILE: describe_heads(weights, attributes)}
+            weights = fold_heads(weights, attributes)
+        if partly:
+            inner, weights = complete(worker, weights)
+        with writing(job.paths.export):
+            manifest = export_model(
+                inner,
+                weights,
+                job.rendering,
+                job.paths.export,
+                dtype=worker.export_dtype,
+                training=about,
+                last_ids=job.last_ids,
+                beside=beside,
+            )
         worker.session.send(
             "finish",
             {
                 **dataclasses.asdict(worker.state),
                 "export": str(job.paths.export),
+                "exported_step": held.step,
                 "bounds": manifest["bounds"],
             },
         )
     torch.distributed.barrier()
 
 
-def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
+def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The whole model and its state dict, where some weights alone were trained. On rank 0."""
+    job = worker.job
+    assert job.untrained is not None
+    base = load_untrained(job.untrained, job.model_kwargs)
+    fit_vocabulary(base, job)
+    if worker.adapters is None:
+        return base, with_trained(base, trained)
+    merged = worker.adapters.merge(
+        base.float(), trained, job.paths.adapter, base_name=job.about["base_model"]
+    )
+    return merged, merged.state_dict()
+
+
+def full_weights(
+    inner: Any, *, keep: bool, trained_only: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The state dict with master weights, one tensor at a time. A collective; `keep` on rank 0."""
     by_name = dict(inner.named_parameters(remove_duplicate=False))
     for name, value in inner.state_dict(keep_vars=True).items():
+        if trained_only and not value.requires_grad:
+            continue
         full = value.detach()
         if name in by_name:
             master = safe_get_full_fp32_param(by_name[name]) if value.requires_grad else None
@@ -446,7 +614,7 @@ def full_weights(inner: Any, *, keep: bool) -> Iterator[tuple[str, Tensor]]:
             yield name, full.to("cpu", copy=True)
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     return {
         "python": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -455,7 +623,7 @@ def _random_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -14,19 +14,24 @@ from raywards.config import RewardConfig
 from raywards.errors import ConfigError, TrainingError
 
 
-def zero_config(
-    config: RewardConfig, *, num_ranks: int, bf16: bool, half_weights: bool = False
-) -> dict[str, Any]:
-    """The dict for `deepspeed.initialize`, from a stage number, a dict, or a JSON file.
+def default_stage(*, most_ranks: int, half_weights: bool) -> str:
+    """ZeRO stage where `deepspeed` is not set.
 
-    `half_weights`: they are loaded in half precision, so ZeRO has to make the fp32 masters.
+    One process has nothing to shard, and ZeRO's copies cost it a third of its speed. Weights that
+    are loaded in half precision need ZeRO for their fp32 masters.
+    """
+    return "2" if most_ranks > 1 or half_weights else "0"
+
+
+def zero_config(
+    config: RewardConfig, given: Any, *, num_ranks: int, global_batch: int, bf16: bool
+) -> dict[str, Any]:
+    """The dict for `deepspeed.initialize`, from `given`: a stage number, a dict, or a JSON file.
 
     `"auto"` becomes the value of the matching setting of `config`; a value that contradicts its
     setting is a `ConfigError` that names both, as in transformers.
     """
-    # One process has nothing to shard, and ZeRO's copies cost it a third of its speed.
-    default = "2" if num_ranks > 1 or half_weights else "0"
-    settings = copy.deepcopy(read_zero(config.deepspeed or default))
+    settings = copy.deepcopy(read_zero(given))
     if "scheduler" in settings:
         raise ConfigError(
             "deepspeed.scheduler: the schedule is set by `lr_scheduler_type` and `warmup_steps`; "
@@ -39,13 +44,17 @@ def zero_config(
     expected = {
         "train_micro_batch_size_per_gpu": per_rank,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "train_batch_size": per_rank * config.gradient_accumulation_steps * num_ranks,
+        "train_batch_size": global_batch,
         "gradient_clipping": config.max_grad_norm,
         "bf16.enabled": bf16,
     }
     for path, value in expected.items():
         _fill(settings, path, value)
+    # With fewer workers than at the first start, each takes more of the global batch: DeepSpeed,
+    # which insists on a product, does not have to know.
+    settings["train_batch_size"] = per_rank * config.gradient_accumulation_steps * num_ranks
     zero = settings.setdefault("zero_optimization", {})
+    _keep_checks(settings)
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"deepspeed.zero_optimization.stage={stage!r}: expected 0, 1, 2 or 3.")
@@ -164,6 +173,17 @@ def _check_optimizer(section: dict[str, Any] | None, config: RewardConfig) -> No
             raise ConfigError(
                 f"deepspeed.optimizer.params.{name}={value} contradicts "
                 f'{names.get(name, name)}={ours[name]}; write "auto" or take it out.'
+            )
+
+
+def _keep_checks(settings: Mapping[str, Any]) -> None:
+    """Refuse what makes DeepSpeed apply a gradient that is not finite."""
+    checks = (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm"))
+    for section, name in checks:
+        if settings.get(section, {}).get(name) is False:
+            raise ConfigError(
+                f"deepspeed.{section}.{name}=false: a gradient that is not finite would be applied "
+                "unseen; take it out."
             )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from preferences_data import conversation_rows
 from safetensors.torch import load_file
-from tiny import tiny_qwen2
+from tiny import llama_like_tokenizer, tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer
 from raywards.checkpoint import complete_checkpoints
@@ -68,8 +68,13 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RewardTr
     return one
 
 
+def records(run: RewardTrainer) -> list[dict[str, Any]]:
+    """What was logged while it trained."""
+    return [record for record in run.state.log_history if "loss" in record]
+
+
 def losses(run: RewardTrainer) -> list[float]:
-    return [record["loss"] for record in run.state.log_history if "loss" in record]
+    return [record["loss"] for record in records(run)]
 
 
 def difference(a: RewardTrainer, b: RewardTrainer) -> float:
@@ -90,10 +95,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 def check_lineage(run: RewardTrainer, reference: RewardTrainer) -> None:
     """Every step stands in the log once, and every pair of every epoch was trained once."""
-    assert [record["step"] for record in run.state.log_history] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
     last = Scorer.from_pretrained(run.paths.export).info["training"]
     assert (last["step"], last["num_pairs"]) == (STEPS, len(ROWS) * EPOCHS)
-    tokens = [each.state.log_history[-1]["num_tokens"] for each in (run, reference)]
+    tokens = [records(each)[-1]["num_tokens"] for each in (run, reference)]
     assert tokens[0] == tokens[1]
 
 
@@ -109,6 +114,30 @@ def kill_one_worker(run: RewardTrainer) -> None:
     ]
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGKILL)
+
+
+def test_the_reference_is_what_trl_trains(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    """So what equals the reference, at any number of workers and any ZeRO stage, equals TRL.
+
+    TRL's own test of two processes (ddp, zero2, zero3) asks only that they end.
+    """
+    trl = pytest.importorskip("trl")
+    theirs = trl.RewardTrainer(
+        str(model),
+        trl.RewardConfig(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False,
+            learning_rate=1e-3, num_train_epochs=EPOCHS, per_device_train_batch_size=8,
+            logging_steps=1, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+    )  # fmt: skip
+    theirs.train()
+    assert losses(reference) == pytest.approx(losses(theirs), abs=1e-5)
+    trained, ours = theirs.model.state_dict(), weights_of(reference)
+    assert ours.keys() == trained.keys()
+    assert max((ours[name] - trained[name]).abs().max().item() for name in ours) < 1e-4
 
 
 def test_a_killed_worker_costs_time_and_no_pair(
@@ -196,6 +225,71 @@ def test_zero_3_partitions_trains_and_exports_the_same_model(
     [checkpoint] = complete_checkpoints(run.paths.run)
     shards = list((checkpoint / "engine").glob("zero_pp_rank_*_model_states.pt"))
     assert len(shards) == 2
+
+
+@pytest.mark.slow
+def test_the_newest_and_the_best_are_kept_through_a_kill(
+    model: Path, tmp_path: Path, reference: RewardTrainer
+) -> None:
+    """Two workers, a kill, a limit of two checkpoints, an early best, and the run started again."""
+    held_out = conversation_rows(12, seed=1)
+    wrong = [{"chosen": r["rejected"], "rejected": r["chosen"]} for r in held_out]  # gets worse
+    changes = {
+        "save_strategy": "steps", "save_steps": 5, "save_total_limit": 2, "num_train_epochs": 3,
+        "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
+    }  # fmt: skip
+
+    def start(**more: Any) -> RewardTrainer:
+        run = trainer(model, tmp_path / "run", **changes, **more)
+        run.eval_dataset = datasets.Dataset.from_list(wrong)
+        return run
+
+    failing = start(max_failures=0)
+    killer = threading.Thread(target=kill_one_worker, args=(failing,))
+    killer.start()
+    with pytest.raises(TrainingError, match="started again, it goes on there"):
+        failing.train()
+    killer.join()
+    assert len(complete_checkpoints(failing.paths.run)) <= 2
+
+    run = start()
+    run.train()
+    curve = {e["step"]: e["eval_loss"] for e in run.state.log_history if "eval_loss" in e}
+    best = min(curve, key=curve.__getitem__)
+    assert list(curve) == [3, 6, 9, 12, 15, 18]
+    assert best == 3, "the best is to be older than the newest two: proves nothing"
+    kept = [int(folder.name.split("-")[1]) for folder in complete_checkpoints(run.paths.run)]
+    assert kept == [best, 18]
+    assert len(list(run.paths.run.glob("checkpoint-0*"))) == 2, "something was left half-written"
+    assert Scorer.from_pretrained(run.paths.export).info["training"]["step"] == best
+    losses_so_far = losses(reference)[: len(losses(run))]
+    assert losses(run) == pytest.approx(losses_so_far, abs=1e-5)
+
+    # Finished, and started again: nothing that Ray keeps of the run misses what was removed.
+    again = start()
+    before = weights_of(run)
+    again.train()
+    assert distance(weights_of(again), before) == 0.0
+    assert again.state.log_history[:-1] == run.state.log_history[:-1]
+
+
+@pytest.mark.slow
+def test_a_vocabulary_grows_alike_on_every_rank(model: Path, tmp_path: Path) -> None:
+    """The template of another tokenizer brings tokens; ZeRO-3 partitions what is drawn for them."""
+    tokenizer = llama_like_tokenizer()
+    tokenizer.chat_template = None
+    other = tiny_qwen2(tmp_path / "other", num_labels=None, tokenizer=tokenizer)
+    changes = {"chat_template_path": str(model), "num_train_epochs": 2}
+    one = trainer(
+        other, tmp_path / "one", num_workers=0, deepspeed=0, per_device_train_batch_size=8,
+        **changes,
+    )  # fmt: skip
+    one.train()
+    two = trainer(other, tmp_path / "two", deepspeed=STAGES[3], **changes)
+    two.train()
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert difference(one, two) < 1e-5
+    assert weights_of(two)["model.embed_tokens.weight"].shape[0] % 64 == 0
 
 
 def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
