@@ -33,6 +33,7 @@ FIGURES: dict[str, bool | None] = {
     "min_reward": None,
     "mean_reward": None,
     "max_reward": None,
+    "sd_reward": None,
     "length_bias": None,
 }
 """Figures that a model may be chosen by, and whether more is better; None where it depends. Beside
@@ -283,6 +284,7 @@ def _extremes(rewards: Floats) -> dict[str, float]:
         "min_reward": float(rewards.min()),
         "mean_reward": float(rewards.mean()),
         "max_reward": float(rewards.max()),
+        "sd_reward": float(rewards.std()),
     }
 
 
