@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -65,3 +66,21 @@ def test_scoring_is_measured_beside_transformers(data: Path, tmp_path: Path) -> 
     for work in found["workloads"].values():
         assert all(side["agrees"] for side in work["sides"].values())
     assert str(tmp_path) not in json.dumps(found)
+
+
+def test_preparation_is_measured_and_its_table_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_qwen2(tmp_path / "model", num_labels=None)
+    args = ["--tokenizer", tokenizer, "--pairs", "21000,22000"]
+    found = run("prepare.py", *args, out=tmp_path / "prepare_million.json")
+    few, many = found["by_pairs"].values()
+    assert few["prepare_1"]["pairs"] == few["prepare_2"]["pairs"] == 21_000
+    assert few["prepare_2"]["peak_mib"].keys() == {"driver", "task"}
+    assert many["forty"]["pairs"] == 40 * 22_000
+    assert str(tmp_path) not in json.dumps(found)
+    assert not list(tmp_path.glob("tmp*")), "the rows were left"
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert "| 21,000 | 22,000 | 880,000 |" in report.preparation()

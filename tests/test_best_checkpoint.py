@@ -96,7 +96,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    clocks = ("runtime", "pairs_per_second")
+    clocks = ("runtime", "per_second")
     return [{k: v for k, v in e.items() if not k.endswith(clocks)} for e in history]
 
 
@@ -186,7 +186,8 @@ def test_a_first_figure_that_is_nan_is_not_the_best() -> None:
     ("metric", "greater"),
     [
         ("loss", False), ("eval_loss", False), ("eval_helpful_log_loss", False),
-        ("accuracy", True), ("eval_accuracy/web", True), ("calibration_error", False),
+        ("accuracy", True), ("eval_accuracy/web", True), ("web_accuracy/my_loss", True),
+        ("calibration_error", False),
         ("eval_kind_tie_rate", False), ("margin_p05", True),
     ],
 )  # fmt: skip
@@ -442,7 +443,8 @@ def test_a_figure_of_a_named_set_and_source_can_be_the_metric(model: Path, tmp_p
     changes = {"max_steps": 2, "load_best_model_at_end": False}
     first = run(model, tmp_path / "a", sets, metric_for_best_model="eval_web_log_loss", **changes)
     assert first.state.best_metric == min(curve(first, "eval_web_log_loss").values())
-    [one, other] = [key for key in first.state.log_history[-1] if "accuracy/" in key]
+    evaluated = [record for record in first.state.log_history if "eval_web_loss" in record]
+    [one, other] = [key for key in evaluated[-1] if "accuracy/" in key]
     second = run(model, tmp_path / "b", sets, metric_for_best_model=other, **changes)
     assert second.state.best_metric == max(curve(second, other).values())
     assert one != other

@@ -245,7 +245,7 @@ def test_every_field_of_the_manifests_is_described(run: RewardTrainer) -> None:
 @pytest.mark.trains
 def test_the_run_folder_is_as_drawn(run: RewardTrainer) -> None:
     names = {path.name for path in run.paths.run.iterdir()}
-    drawn = {"run.json", "prepared", "metrics.jsonl", "tensorboard", "export"}
+    drawn = {"run.json", "run.lock", "prepared", "metrics.jsonl", "tensorboard", "export"}
     assert drawn <= names
     assert all(name in CHECKPOINTS for name in drawn)
     assert {name for name in names - drawn if not name.startswith("checkpoint-")} == set()

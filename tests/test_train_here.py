@@ -374,7 +374,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     "name",
     ["data_collator", "compute_metrics", "callbacks", "optimizers", "peft_config",
-     "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics", "quantization_config"],
+     "optimizer_cls_and_kwargs", "preprocess_logits_for_metrics"],
 )  # fmt: skip
 def test_arguments_of_trl_that_are_not_supported_are_refused_by_name(
     model: Path, name: str

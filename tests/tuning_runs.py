@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from raywards import RewardConfig, RewardTrainer
-from raywards.checkpoint import read_manifest
+from raywards.checkpoint import complete_checkpoints, read_manifest
 
 ROWS = conversation_rows(45)
 
@@ -72,6 +72,12 @@ def train(
 
 def losses(run: RewardTrainer) -> list[float]:
     return [record["loss"] for record in run.state.log_history if "loss" in record]
+
+
+def goes_on_as(whole: Path, resumed: Path) -> bool:
+    """Whether a run resumed at step 3 of `whole` did not begin anew, and ended as it did."""
+    steps = [read_manifest(one, kind="checkpoint")["step"] for one in complete_checkpoints(resumed)]
+    return steps == [6, 8] and same_export(whole, resumed)
 
 
 def learned(run: RewardTrainer) -> bool:

@@ -138,14 +138,18 @@ def load_best(worker: Worker) -> State:
     Returns where the run stood with the weights that the engine holds now. A collective.
     """
     config, state = worker.job.config, worker.state
-    if not config.load_best_model_at_end or state.best_step in (None, state.step):
+    if not config.load_best_model_at_end or state.best_step == state.step:
         return state
-    assert state.best_step is not None
+    if state.best_step is None:
+        if worker.session.rank == 0:
+            text = "No evaluation found a best checkpoint: the export is of the last step."
+            worker.session.send("note", {"text": text})
+        return state
     folder = worker.session.find(state.best_step)
     if folder is None:
         raise CheckpointError(
             f"{worker.job.paths.run}: the best checkpoint, of step {state.best_step}, is gone, so "
-            "load_best_model_at_end=True cannot be done. Set it to False to export the last step."
+            "load_best_model_at_end=True cannot be done. Put it back; nothing else has its weights."
         )
     manifest = read_manifest(folder, kind="checkpoint")
     load_engine(worker, folder, manifest)
@@ -156,6 +160,8 @@ def load_best(worker: Worker) -> State:
 
 def _greater_is_better(name: str) -> bool:
     """As the figure has it: transformers goes by whether the name ends with "loss"."""
+    if "accuracy/" in name:  # what follows is the name of a source
+        return True
     figures = [figure for figure in FIGURES if name == figure or name.endswith(f"_{figure}")]
     if not figures:
         return not name.endswith("loss")

@@ -485,7 +485,7 @@ class RewardTrainer(FinishedRun):
 
     def _prepare_job(self, settings: dict[str, Any]) -> Job:
         batch = settings["global_batch"]
-        with ray_for_tasks(self.args) as connect:
+        with ray_for_tasks(self.args) as connect_for_tasks:
             pairs = prepare(
                 self.train_dataset,
                 self._rendering,
@@ -493,7 +493,7 @@ class RewardTrainer(FinishedRun):
                 self.paths.prepared,
                 name="train",
                 most_of_stream=self.args.max_steps * batch if self.args.max_steps > 0 else None,
-                connect=connect,
+                connect=connect_for_tasks,
                 tasks_at_once=self.args.dataset_num_proc,
             )
         self.dropped["train"] = pairs.dropped

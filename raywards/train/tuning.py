@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from raywards.config import RewardConfig, TrainJob
-from raywards.errors import ConfigError, did_you_mean
+from raywards.errors import CheckpointError, ConfigError, did_you_mean
 from raywards.loader import create_model_from_path
 from raywards.train.adapters import head_names, import_peft
 
@@ -71,6 +71,18 @@ def load_untrained(source: str, model_kwargs: Mapping[str, Any]) -> Any:
     if model_kwargs.get("quantization_config") is not None:
         model = model.dequantize()
     return model.to("cpu")
+
+
+def load_trained(src: Mapping[str, Tensor], dst: torch.nn.Module) -> None:
+    """Give `dst` the weights of a checkpoint that are trained. DeepSpeed names the arguments.
+
+    Nothing else: bitsandbytes keeps scales in the state dict, and refuses to load them.
+    """
+    trained = [name for name, parameter in dst.named_parameters() if parameter.requires_grad]
+    missing = [name for name in trained if name not in src]
+    if missing:
+        raise CheckpointError(f"The checkpoint lacks weights that are trained: {missing[:4]}.")
+    dst.load_state_dict({name: src[name] for name in trained}, strict=False)
 
 
 def with_trained(base: Any, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:

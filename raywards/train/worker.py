@@ -49,6 +49,7 @@ from raywards.train.table import PairTable
 from raywards.train.tuning import (
     apply_liger,
     freeze,
+    load_trained,
     load_untrained,
     prepare_quantised,
     with_trained,
@@ -517,7 +518,9 @@ def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> di
     stage = engine.zero_optimization_stage()
     if stage == 0 or manifest["num_ranks"] == session.world_size:
         path, client_state = engine.load_checkpoint(
-            str(folder), tag=_TAG, load_module_strict=worker.job.untrained is None
+            str(folder),
+            tag=_TAG,
+            custom_load_fn=None if worker.job.untrained is None else load_trained,
         )
     else:
         _note(

@@ -17,8 +17,6 @@ from both import ROWS, Both, assert_same_run, build_ours, build_theirs, table, t
 from preferences_data import conversation_rows
 from tiny import tiny_qwen2
 
-from raywards.errors import ConfigError
-
 pytestmark = pytest.mark.trains
 
 HELD_OUT = conversation_rows(8, seed=1)
@@ -34,9 +32,6 @@ def stream(rows: list[dict[str, Any]]) -> Any:
     return table(rows).to_iterable_dataset()
 
 
-_NOT_YET = pytest.mark.xfail(
-    strict=True, raises=ConfigError, reason="streams are being built on a branch"
-)
 KINDS: list[Any] = [
     pytest.param(lambda: table(HELD_OUT), id="Dataset"),
     pytest.param(lambda: {"data1": table(HELD_OUT), "data2": table(HELD_OUT[:4])}, id="dict"),
@@ -44,16 +39,14 @@ KINDS: list[Any] = [
         lambda: datasets.DatasetDict(data1=table(HELD_OUT), data2=table(HELD_OUT[:4])),
         id="DatasetDict",
     ),
-    pytest.param(lambda: stream(HELD_OUT), id="IterableDataset", marks=_NOT_YET),
+    pytest.param(lambda: stream(HELD_OUT), id="IterableDataset"),
     pytest.param(
         lambda: {"data1": stream(HELD_OUT), "data2": stream(HELD_OUT[:4])},
         id="dict of streams",
-        marks=_NOT_YET,
     ),
     pytest.param(
         lambda: datasets.IterableDatasetDict(data1=stream(HELD_OUT), data2=stream(HELD_OUT[:4])),
         id="IterableDatasetDict",
-        marks=_NOT_YET,
     ),
 ]
 

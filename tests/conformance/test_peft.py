@@ -35,10 +35,7 @@ from raywards.errors import ConfigError
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [
-    pytest.mark.trains,
-    pytest.mark.xfail(strict=True, reason="peft_config is being built on a branch"),
-]
+pytestmark = pytest.mark.trains
 
 LEARNING_RATE = 1e-2
 
