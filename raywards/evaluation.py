@@ -284,6 +284,7 @@ def _extremes(rewards: Floats) -> dict[str, float]:
         "min_reward": float(rewards.min()),
         "mean_reward": float(rewards.mean()),
         "max_reward": float(rewards.max()),
+        "sd_reward": float(rewards.std()),
     }
 
 

@@ -111,17 +111,14 @@ REFUSED: dict[str, Refused] = {
 
 _OWN_LOOP = "The loop is `raywards/train/loop.py`; its losses are set by fields of `RewardConfig`."
 _OWN_OPTIMIZER = "AdamW and its schedule are set by fields of `RewardConfig`."
-_CALLBACKS = "Read `state.log_history` or `metrics.jsonl`; callbacks are not built yet."
 _PAIRS = "Pairs are planned over the whole cluster; `prepared/` in the run folder holds them."
 
 REFUSED_METHODS: dict[str, str] = {
-    "add_callback": _CALLBACKS,
     "autocast_smart_context_manager": "Set `bf16`.",
     "call_model_init": "Start one run for each model.",
     "compute_loss": _OWN_LOOP,
     "compute_loss_context_manager": _OWN_LOOP,
     "create_accelerator_and_postprocess": "raywards trains with DeepSpeed, without accelerate.",
-    "create_model_card": "It is not built yet; `export/raywards.json` tells how a model was made.",
     "create_optimizer": _OWN_OPTIMIZER,
     "create_optimizer_and_scheduler": _OWN_OPTIMIZER,
     "create_scheduler": _OWN_OPTIMIZER,
@@ -145,10 +142,8 @@ REFUSED_METHODS: dict[str, str] = {
     "init_hf_repo": "`push_to_hub()` makes the repository.",
     "log": "Append to `state.log_history`.",
     "num_examples": "`train()` returns `num_pairs`.",
-    "pop_callback": _CALLBACKS,
     "predict": "Use `Scorer` on the export.",
     "prediction_step": "Use `Scorer` on the export.",
-    "remove_callback": _CALLBACKS,
     "set_initial_training_values": _OWN_LOOP,
     "store_flos": "Take 6 x parameters x `num_tokens`.",
     "training_step": _OWN_LOOP,

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import sqlite3
 import uuid
 from pathlib import Path
@@ -36,6 +37,13 @@ STEPS = 12  # two epochs of 45 pairs in batches of 8
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_qwen2(tmp_path_factory.mktemp("model"), num_labels=None)
+
+
+def records(run: RewardTrainer) -> list[dict[str, Any]]:
+    """The history without its last entry, which sums the run up."""
+    *records, summary = run.state.log_history
+    assert "train_runtime" in summary
+    return records
 
 
 SETTINGS: dict[str, Any] = {
@@ -118,8 +126,7 @@ def test_events_come_as_in_trl(model: Path, tmp_path: Path) -> None:
         "on_train_end",
     ]
     history = [
-        {name: value for name, value in record.items() if name != "step"}
-        for record in run.state.log_history
+        {name: value for name, value in record.items() if name != "step"} for record in records(run)
     ]
     assert ours.logs == history
     assert ours.metrics == [record for record in history if "eval_loss" in record]
@@ -144,7 +151,7 @@ def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Pa
 
     continued = trainer(model, tmp_path / "run", **quiet)
     assert continued.train().global_step == STEPS
-    assert [record["step"] for record in continued.state.log_history] == list(range(1, STEPS + 1))
+    assert [record["step"] for record in records(continued)] == list(range(1, STEPS + 1))
     whole = trainer(model, tmp_path / "whole", **quiet)
     whole.train()
     left, right = (load_file(run.paths.export / "model.safetensors") for run in (continued, whole))
@@ -152,14 +159,21 @@ def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Pa
 
 
 class Fails(TrainerCallback):
+    error: type[Exception] = KeyError
+
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 8:
-            raise KeyError("a mistake of the callback's own")
+            raise self.error("a mistake of the callback's own")
 
 
-def test_what_a_callback_raises_ends_the_run(model: Path, tmp_path: Path) -> None:
+# The second is one that the log itself may meet without ending the run.
+@pytest.mark.parametrize("error", [KeyError, ConnectionError])
+def test_what_a_callback_raises_ends_the_run(
+    error: type[Exception], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fails, "error", error)
     run = trainer(model, tmp_path / "run", [Fails])
-    with pytest.raises(KeyError, match="a mistake of the callback's own"):
+    with pytest.raises(error, match="a mistake of the callback's own"):
         run.train()
     assert not run.paths.export.exists()
     assert len(complete_checkpoints(run.paths.run)) == 1  # of the first epoch
@@ -168,7 +182,7 @@ def test_what_a_callback_raises_ends_the_run(model: Path, tmp_path: Path) -> Non
     run.add_callback(recorder)
     run.train()
     assert recorder.events[0] == ("on_train_begin", 6, 1.0)
-    steps = [record["step"] for record in run.state.log_history]
+    steps = [record["step"] for record in records(run)]
     assert steps == [4, 6, 8, 12, 12]
 
 
@@ -236,8 +250,8 @@ def test_trackio_is_told_all_that_is_logged(model: Path, tmp_path: Path) -> None
     with sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / f"{project}.db") as database:
         rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
         [[config]] = database.execute("select config from configs").fetchall()
-    assert len(rows) == len(run.state.log_history) == 5
-    for (name, metrics), record in zip(rows, run.state.log_history, strict=True):
+    assert len(rows) == len(records(run)) == 5
+    for (name, metrics), record in zip(rows, records(run), strict=True):
         assert name == "run"
         told = json.loads(metrics)
         assert told.pop("train/global_step") == record["step"]
@@ -289,3 +303,28 @@ def test_all_that_the_trackers_of_transformers_read_is_there(model: Path, tmp_pa
         for value in handler.args.to_sanitized_dict().values()
     )
     assert handler.model.config.num_labels == 1
+
+
+# ---------------------------------------------------------------- docs/tracking.md
+
+PAGE = (Path(__file__).parent.parent / "docs" / "tracking.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_event_and_its_example_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = re.findall(r"^\| (`on_.*?) \|", PAGE, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(table))) == sorted(EVENTS)
+    assert all(f"`{event}`" in PAGE for event in module._NEVER_CALLED)
+    assert {*EVENTS, *module._NEVER_CALLED, "on_predict"} == {
+        name for name in vars(TrainerCallback) if name.startswith("on_")
+    }
+    shutil.copytree(model, tmp_path / "model")
+    for name, rows in (("train", conversation_rows(32)), ("test", HELD_OUT)):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    [example] = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example.replace("eval_strategy=", "learning_rate=1e-2, eval_strategy="), names)
+    assert names["trainer"].state.global_step == 4, "one epoch was enough"

@@ -25,6 +25,13 @@ from raywards.train.runfolder import that_decide
 PACKAGES = ("raywards", "torch", "transformers", "deepspeed")
 """Whose versions a manifest tells."""
 TAGS = ("generated_from_trainer", "reward-trainer", "raywards")
+_OBJECTIVES = {
+    "bradley_terry": ("preference pairs", "the Bradley-Terry loss"),
+    "plackett_luce": ("rankings", "the Plackett-Luce loss"),
+    "all_pairs": ("rankings", "the Bradley-Terry loss of the pairs inside them"),
+    "regression": ("rated texts", "the squared error of the scores"),
+}
+"""What a row is, and what is trained on it."""
 _CONTROL_TOKENS = {"as_text": "taken as text", "refuse": "refused"}
 _TEMPLATE = Path(__file__).with_name("card.md")
 _REQUESTS: dict[bool, dict[str, Any]] = {
@@ -83,56 +90,83 @@ def write_card(
 
 def describe(manifest: Record, history: Sequence[Record]) -> dict[str, Any]:
     """What the template says, in words and rounded."""
-    training = manifest["training"]
+    training, rendering = manifest["training"], manifest["rendering"]
     settings = training["settings"]
-    last, sets = last_evaluation(history)
-    defaults = json.loads(json.dumps(as_dict(RewardConfig())))
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    kind, loss = _OBJECTIVES[settings["objective"]]
     return {
+        "kind": kind,
+        "loss": loss,
+        "trained": _what_was_trained(training),
+        "regression": settings["objective"] == "regression",
+        "attributes": ", ".join(f"{w:g} x {n}" for n, w in (settings["attributes"] or {}).items()),
         "base": _linked(training["base_model"]),
         "conversational": training["conversational"],
         "request": json.dumps(_REQUESTS[training["conversational"]]),
-        "eos_token": manifest["rendering"]["eos_token"],
-        "control_tokens": _CONTROL_TOKENS[manifest["rendering"]["control_tokens"]],
+        "eos_token": rendering["eos_token"],
+        "control_tokens": _CONTROL_TOKENS[rendering["control_tokens"]],
         "dtype": manifest["dtype"],
         "bounds": {name: _rounded_up(bound) for name, bound in manifest["bounds"].items()},
         "reward_sd": _short(manifest["reward_sd"]),
-        "evaluated_at": {name: _short(last.get(name)) for name in ("step", "epoch")},
-        "held_out": [
-            {
-                "name": _set_name(prefix),
-                **{name: _short(values.get(name)) for name in _FIGURES},
-            }
-            for prefix, values in sets.items()
-        ],
-        "by_source": [
-            {"set": _set_name(prefix), "source": _source(name[9:]), "accuracy": _short(value)}
-            for prefix, values in sets.items()
-            for name, value in values.items()
-            if name.startswith("accuracy/")
-        ],
         "sources": [(_source(name), count) for name, count in training["sources"].items()],
         "num_rows": training["num_rows"],
         "num_pairs": sum(training["sources"].values()),
         "dropped": [(REASONS[reason], count) for reason, count in training["dropped"].items()],
         "fingerprint": training["pairs"],
-        "step": training["step"],
+        "exported_step": training["step"],
+        "last_step": training["last_step"],
         "seen": training["num_pairs"],
         "num_tokens": training["num_tokens"],
-        "global_batch": batch * max(1, settings["num_workers"]),
+        "global_batch": training["global_batch"],
         "max_length": settings["max_length"],
-        "settings": [
-            (setting, _cell(_without_paths(value)))
-            for setting, value in that_decide(settings).items()
-            if value != defaults.get(setting)
-        ],
+        "settings": list(_settings_that_differ(settings)),
         "versions": {package: training[package] for package in PACKAGES},
+        **_describe_held_out(*last_evaluation(history, up_to=training["step"])),
     }
 
 
-def last_evaluation(history: Sequence[Record]) -> tuple[Record, dict[str, dict[str, float]]]:
-    """The newest record with held-out metrics, and these by the prefix of each set."""
-    for record in reversed(history):
+def _describe_held_out(at: Record, sets: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    shown = [name for name in _COLUMNS if any(name in values for values in sets.values())]
+    return {
+        "evaluated_at": {"step": at.get("step"), "epoch": _short(at.get("epoch"))},
+        "headings": [_COLUMNS[name] for name in shown],
+        "held_out": [
+            {
+                "name": _set_name(prefix),
+                "figures": [_short(values.get(name)) for name in shown],
+                **{name: _short(values.get(name)) for name in _SCALE},
+            }
+            for prefix, values in sets.items()
+        ],
+        "parts": [
+            (_set_name(prefix), _part(figure, part), _COLUMNS[figure], _short(value))
+            for prefix, values in sets.items()
+            for name, value in values.items()
+            for figure, slash, part in [name.partition("/")]
+            if slash
+        ],
+    }
+
+
+def _what_was_trained(training: Record) -> str:
+    if "peft_config" in training:
+        return "Adapters (`peft_config` in `raywards.json`) and the head were trained"
+    if training["settings"]["freeze"]:
+        return "All weights but those that `freeze` names were trained"
+    return "All weights were trained"
+
+
+def _settings_that_differ(settings: Record) -> Iterator[tuple[str, str]]:
+    defaults = json.loads(json.dumps(as_dict(RewardConfig())))
+    for setting, value in that_decide(settings).items():
+        if value != defaults.get(setting):
+            yield setting, _cell(_without_paths(value))
+
+
+def last_evaluation(
+    history: Sequence[Record], *, up_to: int
+) -> tuple[Record, dict[str, dict[str, float]]]:
+    """The newest record of that step or before with held-out metrics, and these by set's prefix."""
+    for record in reversed([record for record in history if record["step"] <= up_to]):
         prefixes = [key[: -len(_COUNT)] for key in record if key.endswith(_COUNT)]
         if prefixes:
             return record, {prefix: dict(_under(prefix, record, prefixes)) for prefix in prefixes}
@@ -140,18 +174,18 @@ def last_evaluation(history: Sequence[Record]) -> tuple[Record, dict[str, dict[s
 
 
 def draw_curves(history: Sequence[Record]) -> bytes:
-    """Loss and accuracy over the steps, of training and of each held-out set, as a PNG."""
+    """Loss and accuracy (or correlation) over the steps, of training and held out, as a PNG."""
+    sets = last_evaluation(history, up_to=max((record["step"] for record in history), default=0))[1]
+    second = "pearson" if any("pearson" in record for record in history) else "accuracy"
     figure = Figure(figsize=(9, 3.2), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        trained = [(record["step"], record[metric]) for record in history if metric in record]
-        if trained:
-            axes.plot(*zip(*trained, strict=True), label="training", linewidth=1)
-        for prefix in last_evaluation(history)[1]:
-            key = f"{prefix}_{metric}"
+    for axes, metric in zip(figure.subplots(1, 2), ("loss", second), strict=True):
+        for key, name in [(metric, "training"), *((f"{p}_{metric}", _set_name(p)) for p in sets)]:
             points = [(record["step"], record[key]) for record in history if key in record]
-            axes.plot(*zip(*points, strict=True), marker="o", label=_set_name(prefix))
+            if points:
+                mark = None if key == metric else "o"
+                axes.plot(*zip(*points, strict=True), label=name, marker=mark, linewidth=1)
         axes.set_xlabel("step")
-        axes.set_title(metric)
+        axes.set_title(_COLUMNS[metric])
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
@@ -170,11 +204,23 @@ def hub_id(name: str, *, owned: bool = False) -> str | None:
 # ---------------------------------------------------------------- words and cells
 
 _COUNT = "_num_pairs"
-_FIGURES = (
-    *("num_pairs", "accuracy", "loss", "log_loss", "calibration_error", "length_bias"),
-    *("margin_p05", "margin_p50", "margin_p95"),
-    *("mean_reward", "sd_reward", "min_reward", "max_reward"),
-)
+_SCALE = ("mean_reward", "sd_reward", "min_reward", "max_reward")
+_COLUMNS = {
+    "num_pairs": "rows",
+    "num_comparisons": "comparisons",
+    "accuracy": "accuracy",
+    "pearson": "correlation",
+    "mae": "mean absolute error",
+    "mse": "mean squared error",
+    "loss": "loss",
+    "log_loss": "log-loss",
+    "calibration_error": "calibration error",
+    "margin_p05": "margin, 5 %",
+    "margin_p50": "margin, median",
+    "margin_p95": "margin, 95 %",
+    "length_bias": "length bias",
+}
+"""Figures of a held-out set that are shown, and their headings."""
 
 
 def _under(prefix: str, record: Record, prefixes: Sequence[str]) -> Iterator[tuple[str, float]]:
@@ -202,6 +248,11 @@ def _linked(name: str, kind: str = "") -> str:
     if hub_id(name) is None:
         return f"`{Path(name).name}`" if name else "a model that was handed over in Python"
     return f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def _part(figure: str, name: str) -> str:
+    """What a figure such as `accuracy/SOURCE` or `mae/ATTRIBUTE` is of."""
+    return _source(name) if figure in ("accuracy", "loss") else _cell(name)
 
 
 def _source(name: str) -> str:

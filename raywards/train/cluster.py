@@ -217,11 +217,11 @@ class _Reader:
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join()
-            self._fetch()
 
     def _read(self) -> None:
         while not self._closed.wait(0.25):
             self._fetch()
+        self._fetch()  # here too: trackers keep their run by thread
 
     def _fetch(self) -> None:
         try:

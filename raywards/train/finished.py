@@ -1,4 +1,4 @@
-"""What can be done with a run that has its export: copy it, describe it, upload it."""
+"""What `RewardTrainer` does beside training: callbacks, copies, the model card, uploads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raywards.train.runlog import read_history
 
 
 class FinishedRun:
-    """The part of `RewardTrainer` that needs no more than the run folder and the settings."""
+    """The part of `RewardTrainer` that needs settings, callbacks and the run folder alone."""
 
     args: RewardConfig
     paths: RunPaths
@@ -32,6 +32,18 @@ class FinishedRun:
         for name in (*manifest["files"], "raywards.json"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self.paths.export / name, target / name)
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback, an instance or a class. Raises `ConfigError` for one that cannot work."""
+        self.callback_handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Take a callback out, by itself or its class, and return it."""
+        return self.callback_handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Take a callback out, by itself or its class."""
+        self.callback_handler.remove_callback(callback)
 
     def create_model_card(
         self,

@@ -78,6 +78,14 @@ class Prepared:
     most_sequences: int
     """Of the largest group: 2 for pairs."""
 
+    @property
+    def pairs_by_source(self) -> dict[str, int]:
+        """Names may come twice among `sources`: files of one name in two folders."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name, count in self.sources:
+            counts[name] += count
+        return dict(counts)
+
 
 def prepare(
     source: Any,

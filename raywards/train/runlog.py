@@ -39,7 +39,12 @@ class RunLog:
 
     def take(self, kind: str, record: dict[str, Any]) -> None:
         """Keep one message from rank 0 and tell the callbacks."""
-        self.keep(kind, record)
+        try:
+            self.keep(kind, record)
+        except OSError as error:  # of a full disk the next checkpoint tells, and more clearly
+            if kind == "start":
+                raise
+            logger.warning("a %s record could not be kept: %s", kind, error)
         self.tell(kind, record)
 
     def tell(self, kind: str, record: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import hashlib
-import logging
 import os
 import shutil
 import tempfile
@@ -31,8 +30,6 @@ from raywards.train.storage import (
     remove_cut_off,
     retain,
 )
-
-logger = logging.getLogger(__name__)
 
 Send = Callable[[str, dict[str, Any]], None]
 """Hands one record to whoever keeps the log: its kind ("log", "tick", ...) and its content."""
@@ -201,16 +198,8 @@ class LocalSession:
         self.rank, self.world_size, self.ranks_on_node = 0, 1, 1
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         self.attempt = uuid.uuid4().hex[:8]
-        self._send, self.should_stop = send, should_stop
+        self.send, self.should_stop = send, should_stop
         self._run, self._explicit, self._keep = run, explicit, keep
-
-    def send(self, kind: str, record: dict[str, Any]) -> None:
-        try:
-            self._send(kind, record)
-        except OSError as error:  # of a full disk the next checkpoint tells, and more clearly
-            if kind == "start":
-                raise
-            logger.warning("a %s record could not be kept: %s", kind, error)
 
     @contextlib.contextmanager
     def process_group(self, timeout_s: int) -> Iterator[None]:

@@ -195,9 +195,6 @@ class RewardTrainer(FinishedRun):
             read_config=self._read_config,
             processing_class=self.processing_class,
         )
-        self.add_callback = self.callback_handler.add_callback
-        self.pop_callback = self.callback_handler.pop_callback
-        self.remove_callback = self.callback_handler.remove_callback
         self._peft = None if peft_config is None else check_peft_config(peft_config)
         """A `peft.LoraConfig` for workers, which load the model themselves."""
         if is_adapted(model):
@@ -544,7 +541,8 @@ class RewardTrainer(FinishedRun):
                 "pairs": pairs.fingerprint,
                 "num_rows": pairs.num_rows,
                 "num_pairs": pairs.num_pairs,
-                "sources": dict(pairs.sources),
+                "sources": pairs.pairs_by_source,
+                "global_batch": settings["global_batch"],
                 "dropped": pairs.dropped,
                 "conversational": pairs.conversational,
                 "settings": json.loads(json.dumps(as_dict(self.args), default=str)),
