@@ -180,7 +180,8 @@ def test_scores_are_kept_and_where_one_is_missing(tmp_path: Path, rendering: Ren
     assert found[0]["sequences"] == [rendering.encode_text("fine")]
     assert prepared.conversational
     table = PairTable(prepared.folder)
-    assert table.tokens == table.lengths == [len(row["sequences"][0]) for row in found]
+    lengths = [len(row["sequences"][0]) for row in found]
+    assert table.tokens.tolist() == table.lengths.tolist() == lengths
     assert table.most_sequences == 1
     again = prepare(source, rendering, replace(RATED, attributes=("long",), on_bad_row="drop"),
                     tmp_path, name="t")  # fmt: skip

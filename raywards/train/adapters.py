@@ -92,14 +92,15 @@ def is_adapted(model: Any) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
-def attach(inner: Any, config: Any, *, seed: int, cast_adapters: bool = True) -> Any:
+def attach(inner: Any, config: Any, *, seed: int | None, cast_adapters: bool = True) -> Any:
     """Put adapters into the classifier `inner`; returns the `PeftModel`.
 
     Args:
         inner: The classifier, which is changed in place.
         config: As `check_peft_config` gives it. The head is added to its `modules_to_save`, which
             also keeps LoRA off the head.
-        seed: Draws the adapters, whatever was drawn before.
+        seed: Draws the adapters; None draws them where the generator stands, as TRL does when it
+            has loaded the model, so that both begin with the same.
         cast_adapters: Make adapters of a half-precision model fp32. Not under ZeRO-3, where all
             parameters are of one type (https://github.com/deepspeedai/DeepSpeed/issues/8072).
     """
@@ -107,7 +108,8 @@ def attach(inner: Any, config: Any, *, seed: int, cast_adapters: bool = True) ->
     config = copy.deepcopy(config)
     config.modules_to_save = sorted({*(config.modules_to_save or ()), *head_names(inner)})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        if seed is not None:
+            torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(inner, config, autocast_adapter_dtype=cast_adapters)
         except ValueError as error:

@@ -43,7 +43,7 @@ def load_model(job: Job, stage: int) -> tuple[Any, Adapters | None]:
     if job.adapter is not None:
         model = load_adapter(model, job.adapter, cast_adapters=stage < 3)
     elif job.peft is not None:
-        model = attach(model, job.peft, seed=job.config.seed, cast_adapters=stage < 3)
+        model = attach(model, job.peft, seed=None, cast_adapters=stage < 3)
     if not is_adapted(model):
         return model, None
     adapters = Adapters(model)

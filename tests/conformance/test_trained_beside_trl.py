@@ -558,7 +558,7 @@ def test_the_batches_are_trls_in_trls_order(model: Path, tmp_path: Path) -> None
     assert len(batches) == len(steps) == 3
     for batch, (_, indices) in zip(batches, steps, strict=True):
         of_step = pairs.take(list(indices))
-        sides = [*of_step["chosen_ids"], *of_step["rejected_ids"]]
+        sides = [ids for side in zip(*of_step["sequences"], strict=True) for ids in side]
         lengths = batch["attention_mask"].sum(1).tolist()
         assert [ids[:n] for ids, n in zip(batch["input_ids"].tolist(), lengths, strict=True)] == (
             sides
