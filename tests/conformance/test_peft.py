@@ -190,7 +190,7 @@ def test_what_is_no_peft_config_is_refused_by_both(model: Path, tmp_path: Path) 
     settings = {"peft_config": {"r": 4}}
     with pytest.raises(TypeError, match="PeftConfig"):
         build_theirs(model, tmp_path, **settings)
-    with pytest.raises(ConfigError, match="peft.LoraConfig"):
+    with pytest.raises(ConfigError, match=r"peft\.LoraConfig"):
         build_ours(model, tmp_path, **settings)
 
 
