@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -24,6 +25,10 @@ from raywards.loader import create_model_from_path
 from raywards.train import tuning
 
 pytestmark = pytest.mark.trains
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="needs bitsandbytes, which every process with peft would import: 1.3 s of CPU each",
+)
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +226,7 @@ def test_a_finished_reward_model_is_trained_further(
 # ---------------------------------------------------------------- quantised
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize(
     "bits", [4, pytest.param(8, marks=pytest.mark.slow)], ids=lambda bits: f"{bits} bits"
 )
@@ -268,6 +274,7 @@ def classifier_of(model: Path, quantised: BitsAndBytesConfig) -> Any:
     )
 
 
+@needs_bitsandbytes
 def test_quantised_weights_are_not_trained_themselves(model: Path, tmp_path: Path) -> None:
     quantised = BitsAndBytesConfig(load_in_4bit=True)
     adapters = {"peft_config": LoraConfig(r=4)}
