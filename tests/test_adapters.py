@@ -214,10 +214,11 @@ def test_a_classifier_and_a_peft_config_make_a_peft_model(model: Path, tmp_path:
     run = runs.train(given, tmp_path / "object", peft_config=config)
     assert isinstance(run.model, PeftModel)
     assert run.model.get_base_model() is given
-    by_path = runs.train(model, tmp_path / "path", peft_config=config)
+    drawn = attach(classifier(model), check_peft_config(config), seed=run.args.seed)
+    by_peft_model = runs.train(drawn, tmp_path / "drawn")
     assert runs.learned(run)
-    assert runs.losses(run) == runs.losses(by_path)
-    assert runs.same_export(tmp_path / "object", tmp_path / "path")
+    assert runs.losses(run) == runs.losses(by_peft_model)
+    assert runs.same_export(tmp_path / "object", tmp_path / "drawn")
 
 
 def test_workers_get_base_and_adapter_of_a_peft_model(

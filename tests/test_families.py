@@ -197,7 +197,12 @@ def test_the_table_has_every_family_once() -> None:
     text = DOCS.read_text(encoding="utf-8")
     listed = re.findall(r"^\| (\S+) \| `\w+` \| (\w+) \|", text, re.MULTILINE)
     assert [family for family, _ in listed] == FAMILIES
-    known = set(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.keys())
+    # Models with code of their own, loaded by other tests, register themselves besides.
+    known = {
+        config
+        for config in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.keys()  # noqa: SIM118
+        if config.__module__.startswith("transformers.")
+    }
     assert {CONFIG_MAPPING[family] for family, _ in listed} == known
     for path in (*PATHS, "refused"):
         count = sum(taken == path for _, taken in listed)

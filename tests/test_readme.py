@@ -96,7 +96,6 @@ RUN_BY: dict[str, str | Elsewhere | NotRun] = {
     "from raywards import RewardClient": (
         "test_the_served_model_answers_curl_and_client_as_the_scorer_does"
     ),
-    "ray job submit": Elsewhere(JOBS, "test_a_submitted_job_trains_and_leaves_a_complete_export"),
 }
 
 # ---------------------------------------------------------------- what the README holds

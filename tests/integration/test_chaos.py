@@ -29,7 +29,7 @@ from raywards.checkpoint import complete_checkpoints, read_manifest
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-ROWS = conversation_rows(45)
+ROWS = conversation_rows(370)  # a step takes some tenths of a second, the run about a minute
 EPOCHS = 60
 STEPS = 6 * EPOCHS
 TIMES: dict[str, float] = {}
@@ -82,7 +82,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "deepspeed": 2,
         "learning_rate": 1e-4,
         "num_train_epochs": EPOCHS,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": 32,
         "logging_steps": 1,
         "save_steps": 10,
         "max_failures": 10,
@@ -108,7 +108,13 @@ def wait_for(what: str, holds: Callable[[], Any], timeout_s: float = 240) -> Any
 def wait_for_progress(what: str, run: Path, ranks: int) -> None:
     """Until a checkpoint of so many ranks is there that is newer than all there are."""
     before = newest(run)["step"]
-    wait_for(what, lambda: newest(run)["step"] > before and newest(run)["num_ranks"] == ranks)
+
+    def is_there() -> bool:
+        now = newest(run)
+        assert now["step"] < STEPS, f"{what}: the run was over before, so nothing is proved"
+        return now["step"] > before and now["num_ranks"] == ranks
+
+    wait_for(what, is_there)
 
 
 def processes(*words: str) -> list[psutil.Process]:
@@ -189,7 +195,7 @@ def undisturbed(settings: dict[str, Any], output: Path) -> RewardTrainer:
     """The same pairs and global batches in one process."""
     names = ("model_name_or_path", "dataset_name", "num_workers", "per_device_train_batch_size")
     same = {name: value for name, value in settings.items() if name not in names}
-    changes = {"output_dir": str(output), "num_workers": 0, "per_device_train_batch_size": 8}
+    changes = {"output_dir": str(output), "num_workers": 0, "per_device_train_batch_size": 64}
     trainer = RewardTrainer(
         settings["model_name_or_path"],
         RewardConfig(**{**same, **changes, "deepspeed": 0, "save_strategy": "no"}),
