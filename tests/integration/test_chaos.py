@@ -95,7 +95,7 @@ def newest(run: Path) -> dict[str, Any]:
     return read_manifest(found[-1], kind="checkpoint") if found else {"step": 0, "num_ranks": 0}
 
 
-def wait_for(what: str, holds: Callable[[], Any], timeout_s: float = 240) -> Any:
+def wait_for(what: str, holds: Callable[[], Any], timeout_s: float = 600) -> Any:
     started = time.monotonic()
     while not (found := holds()):
         assert time.monotonic() - started < timeout_s, f"{what}: not within {timeout_s} s"
@@ -148,7 +148,7 @@ def test_a_run_survives_what_a_cluster_does_to_it(
 
     nodes = [add_node(cluster), add_node(cluster)]
 
-    job = wait_for("the head takes a job", submit, 60)
+    job = wait_for("the head takes a job", submit, 120)
     wait_for_progress("start to the first checkpoint of two", run, ranks=2)
 
     workers = processes("RayTrainWorker")
