@@ -92,7 +92,7 @@ def measure(folder: Path, pairs: int, asked: list[str], tokenizer: Path) -> dict
         found["disk_bytes"] = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     if len(digests) > 1:
         raise SystemExit("the shards depend on how they were made")
-    [prepared] = out.iterdir()
+    [prepared] = (out / "prepared").iterdir()
     found["plan"] = run("plan", prepared=str(prepared))
     if len(asked) == 1:
         forty = folder / "forty"
@@ -150,7 +150,7 @@ def run(side: str, **job: Any) -> dict[str, Any]:
 
 
 def digest(folder: Path) -> str:
-    files = sorted(folder.glob("*/*"))
+    files = sorted(folder.glob("prepared/*/*"))
     return hashlib.sha256(
         b"".join(hashlib.sha256(f.read_bytes()).digest() for f in files)
     ).hexdigest()
@@ -164,6 +164,7 @@ def prepare_side(source: str, out: str, tokenizer: str, tasks: int) -> dict[str,
     from raywards.rendering import Rendering
     from raywards.train.cluster import connect
     from raywards.train.prepare import EncodeSettings, prepare
+    from raywards.train.storage import SharedFolder
 
     if tasks > 1:
         import ray
@@ -174,7 +175,7 @@ def prepare_side(source: str, out: str, tokenizer: str, tasks: int) -> dict[str,
         source,
         Rendering(load_tokenizer(tokenizer)),
         EncodeSettings(1024, "drop", "error"),
-        Path(out),
+        SharedFolder(Path(out)),
         name="train",
         connect=connect if tasks > 1 else None,
         tasks_at_once=tasks,
@@ -214,7 +215,7 @@ def plan_side(prepared: str) -> dict[str, Any]:
         for row in dealt[0]:  # what one of the ranks reads
             pairs = table.take(row)
             read += len(row)
-            tokens += sum(map(len, pairs["chosen_ids"])) + sum(map(len, pairs["rejected_ids"]))
+            tokens += sum(len(ids) for pair in pairs["sequences"] for ids in pair)
     times["step_s"] = (time.perf_counter() - start) / STEPS_READ
     _, measured = watch.stop()
     return {

@@ -127,11 +127,13 @@ class Bench:
         from raywards.loader import load_tokenizer
         from raywards.rendering import Rendering
         from raywards.train.prepare import EncodeSettings, prepare
+        from raywards.train.storage import SharedFolder
         from raywards.train.table import PairTable
 
         rendering = Rendering(load_tokenizer(args.model))
         settings = EncodeSettings(args.max_length, "drop", "error")
-        table = PairTable(prepare(args.data, rendering, settings, folder, name="pairs").folder)
+        run = SharedFolder(folder)
+        table = PairTable(prepare(args.data, rendering, settings, run, name="pairs").folder)
         columns = table.take(list(range(len(table))))
         sides = zip(columns["row"], columns["sequences"], strict=True)
         self.pairs = [

@@ -8,6 +8,7 @@ engine writes its shards into a folder that it is handed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import glob
 import json
 import logging
@@ -17,7 +18,7 @@ import shutil
 import statistics
 import sys
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -93,27 +94,43 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
             f"{folder}: has no {MANIFEST}, so it is not a complete {kind} of raywards: it was not "
             "finished, or something else wrote it."
         )
+
+    def size_of(name: str) -> int | None:
+        return (folder / name).stat().st_size if (folder / name).is_file() else None
+
+    return check_manifest(str(folder), path.read_text(encoding="utf-8"), size_of, kind=kind)
+
+
+def check_manifest(
+    where: str, text: str, size_of: Callable[[str], int | None], *, kind: str
+) -> dict[str, Any]:
+    """The manifest with this `text`, of a folder whose files have these sizes (None: no such file).
+
+    Raises as `read_manifest` does.
+    """
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(text)
         wrote, found_kind, files = manifest["format"], manifest["kind"], manifest["files"]
         sizes = {str(name): int(size) for name, size in files.items()}
         newer = wrote > FORMAT
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error!r}); use another {kind}.") from None
+        raise CheckpointError(
+            f"{where}/{MANIFEST}: is damaged ({error!r}); use another {kind}."
+        ) from None
     if newer:
         raise CheckpointError(
-            f"{folder}: was written in format {wrote} by a newer raywards; this one reads up to "
+            f"{where}: was written in format {wrote} by a newer raywards; this one reads up to "
             f"{FORMAT}. Update raywards.",
             newer=True,
         )
     if found_kind != kind:
-        raise CheckpointError(f"{folder}: is of kind {found_kind!r}; {kind!r} is needed here.")
+        raise CheckpointError(f"{where}: is of kind {found_kind!r}; {kind!r} is needed here.")
     for name, size in sizes.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        found = size_of(name)
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise CheckpointError(
-                f"{folder}: is damaged: {name} {state}, and the manifest says {size} bytes. Use "
+                f"{where}: is damaged: {name} {state}, and the manifest says {size} bytes. Use "
                 f"another {kind}, or copy this one again."
             )
     return manifest
@@ -124,17 +141,32 @@ def complete_checkpoints(run: Path) -> list[Path]:
 
     Raises `CheckpointError` for one of a newer raywards: passed over, the run would begin anew.
     """
+    return [run / name for _, name in list_checkpoints(run)]
+
+
+def list_checkpoints(run: Path) -> list[tuple[int, str]]:
+    """Step and name of the complete checkpoints in a run folder; see `complete_checkpoints`."""
+    return sort_complete(
+        # Without a manifest it was cut off while it was written: an orphan, and no news.
+        (folder.name, functools.partial(read_manifest, folder, kind="checkpoint"))
+        for folder in run.glob("checkpoint-*")
+        if (folder / MANIFEST).is_file()
+    )
+
+
+def sort_complete(
+    manifests: Iterable[tuple[str, Callable[[], Mapping[str, Any]]]],
+) -> list[tuple[int, str]]:
+    """Step and name of those checkpoints whose manifests can be read, oldest step first."""
     found = []
-    for folder in run.glob("checkpoint-*"):
+    for name, read in manifests:
         try:
-            found.append((int(read_manifest(folder, kind="checkpoint")["step"]), folder))
+            found.append((int(read()["step"]), name))
         except (CheckpointError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError) and error.newer:
                 raise
-            # Without a manifest it was cut off while it was written: an orphan, and no news.
-            if (folder / MANIFEST).is_file():
-                logger.warning("passed over: %s", error)
-    return [folder for _, folder in sorted(found, key=lambda entry: (entry[0], entry[1].name))]
+            logger.warning("passed over: %s", error)
+    return sorted(found)
 
 
 # ---------------------------------------------------------------- export

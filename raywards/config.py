@@ -255,8 +255,8 @@ class RewardConfig:
     resources_per_worker: Mapped = None
     """Ray resources of one worker, for instance `{"CPU": 4, "GPU": 1}`."""
     storage_path: str | None = None
-    """Folder that every node sees; the run folder is `storage_path/run_name`.
-    Default: the parent of `output_dir`."""
+    """Folder that every node sees, or object storage (`s3://bucket/rewards`, `gs://...`); the run
+    folder is `storage_path/run_name`. Default: the parent of `output_dir`."""
     run_name: str | None = None
     """Name of the run. Started again under the same name, it continues. Default: the last part of
     `output_dir`."""
@@ -367,15 +367,20 @@ class RewardConfig:
             raise ValueError("expected a positive number of steps, or -1 for `num_train_epochs`")
         return value
 
-    @field_validator("storage_path")
+    @field_validator("output_dir")
     @classmethod
-    def _storage_is_a_folder(cls, value: str | None) -> str | None:
-        if value is not None and "://" in value:
+    def _output_is_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and is_address(value):
             raise ValueError(
-                "object storage is not supported yet: give a folder that every node sees (NFS, "
-                "Lustre, a mounted bucket)"
+                "expected a folder. Object storage is given as storage_path; output_dir is then "
+                "where this machine keeps its copy of the run folder"
             )
         return value
+
+
+def is_address(path: str) -> bool:
+    """Whether a path is the address of object storage."""
+    return "://" in path
 
 
 def worker_range(config: RewardConfig) -> tuple[int, int]:
@@ -448,8 +453,10 @@ class RunPaths:
     @classmethod
     def of(cls, config: RewardConfig) -> RunPaths:
         output = Path(config.output_dir or "reward-output").expanduser().absolute()
-        storage = Path(config.storage_path).expanduser().absolute() if config.storage_path else None
-        return cls(storage or output.parent, config.run_name or output.name)
+        storage = output.parent
+        if config.storage_path and not is_address(config.storage_path):
+            storage = Path(config.storage_path).expanduser().absolute()
+        return cls(storage, config.run_name or output.name)
 
 
 class _Frozen(BaseModel):

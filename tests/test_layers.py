@@ -34,10 +34,10 @@ LAYERS = [
     ["train.table", "train.storage", "train.tasks", "train.callbacks"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
-        *("train.reshard", "train.hub"),
+        *("train.object_storage", "train.hub"),
         *("serve.dialects", "score_file", "batch_score"),
     ],
-    ["train.rows", "train.card", "train.adapters", "serve.dialects.*"],
+    ["train.rows", "train.card", "train.adapters", "train.reshard", "serve.dialects.*"],
     ["train.tuning", "train.job"],
     ["train.start", "train.finished"],
     ["train.worker"],

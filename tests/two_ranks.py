@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from raywards import RewardTrainer
-from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.checkpoint import read_manifest
 from raywards.train.job import Job
 from raywards.train.loop import train
-from raywards.train.storage import checkpoint_of, complete, move_part
+from raywards.train.storage import SharedFolder, Storage, checkpoint_of, newest_checkpoint
 
 NUM_RANKS = 2
 
@@ -64,10 +64,11 @@ def run_on_two_ranks(tasks: Sequence[Task]) -> None:
 class TwoRankSession:
     """One of two processes that share a disk."""
 
-    def __init__(self, rank: int, run: Path, stop_after: int | None) -> None:
+    def __init__(self, rank: int, storage: Storage, stop_after: int | None) -> None:
         self.rank, self.world_size, self.ranks_on_node = rank, NUM_RANKS, NUM_RANKS
         self.device = torch.device("cpu")
-        self._run, self._stop_after = run, stop_after
+        self.storage, self._stop_after = storage, stop_after
+        self.is_first_here = rank == 0
         names = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(names, src=0)
         self.attempt = names[0]
@@ -77,22 +78,22 @@ class TwoRankSession:
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:
-        found = complete_checkpoints(self._run)
+        found = newest_checkpoint(self.storage)
         torch.distributed.barrier()
-        yield found[-1] if found else None
+        yield self.storage.local / found if found else None
 
     def scratch(self, name: str) -> Path:
-        folder = self._run / f".{name}.rank{self.rank}"
+        folder = self.storage.local / f".{name}.rank{self.rank}"
         folder.mkdir(parents=True)
         return folder
 
     def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
-        move_part(folder, self._run / name)
+        self.storage.put_part(folder, name)
         if self.rank == 0:
-            complete(folder, self._run / name)
+            self.storage.complete(folder, name)
         torch.distributed.barrier()
         shutil.rmtree(folder)
-        manifest = read_manifest(self._run / name, kind="checkpoint")
+        manifest = read_manifest(self.storage.local / name, kind="checkpoint")
         if manifest["step"] == self._stop_after:
             raise Stopped
 
@@ -102,8 +103,12 @@ class TwoRankSession:
     def settle(self) -> None:
         """Nothing happens in the background."""
 
-    def find(self, step: int) -> Path | None:
-        return checkpoint_of(self._run, step)
+    def find(self, step: int) -> str | None:
+        return checkpoint_of(self.storage, step)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        yield self.storage.local / name
 
 
 def _run_rank(rank: int, store: str, tasks: list[Task]) -> None:
@@ -118,6 +123,6 @@ def _run_rank(rank: int, store: str, tasks: list[Task]) -> None:
     )
     for one in tasks:
         with contextlib.suppress(Stopped):
-            train(one.job, TwoRankSession(rank, one.job.paths.run, one.stop_after))
+            train(one.job, TwoRankSession(rank, SharedFolder(one.job.paths.run), one.stop_after))
     sys.stdout.flush()
     torch.distributed.destroy_process_group()

@@ -128,7 +128,7 @@ def check_best_is_there(worker: Worker) -> None:
         return
     if worker.session.find(state.best_step) is None:
         raise CheckpointError(
-            f"{worker.job.paths.run}: does not hold the best checkpoint so far, of step "
+            f"{worker.session.storage.where()}: does not hold the best checkpoint so far, of step "
             f"{state.best_step}, and load_best_model_at_end=True will need it. Copy it here "
             "together with the checkpoint to start from, and leave resume_from_checkpoint out."
         )
@@ -147,14 +147,16 @@ def load_best(worker: Worker) -> State:
             text = "No evaluation found a best checkpoint: the export is of the last step."
             worker.session.send("note", {"text": text})
         return state
-    folder = worker.session.find(state.best_step)
-    if folder is None:
+    name = worker.session.find(state.best_step)
+    if name is None:
         raise CheckpointError(
-            f"{worker.job.paths.run}: the best checkpoint, of step {state.best_step}, is gone, so "
-            "load_best_model_at_end=True cannot be done. Put it back; nothing else has its weights."
+            f"{worker.session.storage.where()}: the best checkpoint, of step {state.best_step}, is "
+            "gone, so load_best_model_at_end=True cannot be done. Put it back; nothing else has "
+            "its weights."
         )
-    manifest = read_manifest(folder, kind="checkpoint")
-    load_engine(worker, folder, manifest)
+    with worker.session.open(name) as folder:
+        manifest = read_manifest(folder, kind="checkpoint")
+        load_engine(worker, folder, manifest)
     return dataclasses.replace(
         state, **{name: manifest[name] for name in ("step", "num_pairs", "num_tokens")}
     )

@@ -22,6 +22,7 @@ from raywards.preferences import REASONS
 from raywards.sources import SUFFIXES
 from raywards.train.runfolder import that_decide
 
+CARD_FILES = ("README.md", "curves.png")
 PACKAGES = ("raywards", "torch", "transformers", "deepspeed")
 """Whose versions a manifest tells."""
 TAGS = ("generated_from_trainer", "reward-trainer", "raywards")
@@ -84,8 +85,8 @@ def write_card(
         "datasets": ", ".join(_linked(source, "datasets/") for source in given),
     }
     card = str(ModelCard.from_template(data, template_path=str(_TEMPLATE), **facts))
-    files = {"README.md": card.rstrip().encode() + b"\n", "curves.png": draw_curves(history)}
-    add_files(export, files)
+    contents = card.rstrip().encode() + b"\n", draw_curves(history)
+    add_files(export, dict(zip(CARD_FILES, contents, strict=True)))
 
 
 def describe(manifest: Record, history: Sequence[Record]) -> dict[str, Any]:

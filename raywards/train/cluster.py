@@ -24,6 +24,7 @@ from raywards.train.job import Job
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
 from raywards.train.session import RaySession, Word
+from raywards.train.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ def ray_for_tasks(config: RewardConfig) -> Iterator[Callable[[], Any] | None]:
             _installed().shutdown()
 
 
-def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -> None:
+def run_on_ray(
+    job: Job, log: RunLog, storage: Storage, *, explicit: Path | None, use_gpu: bool
+) -> None:
     """Train `job` on a Ray Train worker group; `explicit` is a checkpoint to start from.
 
     Raises the worker's own error where starting again cannot mend it, what a callback raised, and
@@ -89,7 +92,8 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
     trainer = TorchTrainer(
         _run_worker,
         train_loop_config={
-            "job": job, "mailbox": mailbox, "explicit": explicit, "threads": max(1, cpus)
+            "job": job, "storage": storage, "mailbox": mailbox, "explicit": explicit,
+            "threads": max(1, cpus),
         },
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=config.ddp_timeout
@@ -102,7 +106,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         ),
         run_config=RunConfig(
             name=paths.name,
-            storage_path=str(paths.storage),
+            storage_path=config.storage_path or str(paths.storage),
             failure_config=FailureConfig(max_failures=config.max_failures),
             worker_runtime_env={"env_vars": _environment(cpus, use_gpu)},
         ),
@@ -117,7 +121,7 @@ def run_on_ray(job: Job, log: RunLog, *, explicit: Path | None, use_gpu: bool) -
         if reader.error is None:
             raise TrainingError(
                 f"The run failed, after up to {config.max_failures} restarts: {_reason(error)}\n"
-                f"Checkpoints so far are in {paths.run}; started again, it goes on there."
+                f"Checkpoints so far are in {storage.where()}; started again, it goes on there."
             ) from error
     finally:
         reader.close()
@@ -276,14 +280,18 @@ def _run_worker(config: dict[str, Any]) -> None:
             return Word.GO  # without the mailbox the log is lost, and nobody can ask
 
     try:
+        storage = config["storage"].on_worker()
         session = RaySession(
             send,
             ask=ask,
-            run=job.paths.run,
+            storage=storage,
             explicit=config["explicit"],
             keep=job.config.save_total_limit,
         )
-        train(job, session)
+        for name in job.in_run_folder():
+            storage.pull(name)
+        train(job.seen_from(storage.local), session)
+        storage.leave()
     except RaywardsError as error:
         ray.get(mailbox.put.remote("error", {"error": error}))
         raise

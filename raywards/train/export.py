@@ -55,11 +55,15 @@ def export(worker: Worker, held: State) -> None:
                 last_ids=job.last_ids,
                 beside=beside,
             )
+        storage = worker.session.storage
+        for folder in (job.paths.adapter, job.paths.export):
+            if folder.is_dir():
+                storage.push(folder.name)
         worker.session.send(
             "finish",
             {
                 **dataclasses.asdict(worker.state),
-                "export": str(job.paths.export),
+                "export": storage.where(job.paths.export.name),
                 "exported_step": held.step,
                 "bounds": manifest["bounds"],
             },

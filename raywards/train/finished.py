@@ -10,9 +10,10 @@ from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.config import RewardConfig, RunPaths
 from raywards.errors import CheckpointError, ConfigError
 from raywards.train.callbacks import Callbacks
-from raywards.train.card import write_card
+from raywards.train.card import CARD_FILES, write_card
 from raywards.train.hub import open_repo, upload
 from raywards.train.runlog import read_history
+from raywards.train.storage import Storage
 
 
 class FinishedRun:
@@ -20,6 +21,7 @@ class FinishedRun:
 
     args: RewardConfig
     paths: RunPaths
+    storage: Storage
     hub_model_id: str
     callback_handler: Callbacks
     _uploaded_to: str | None = None
@@ -72,6 +74,7 @@ class FinishedRun:
                     *self.callback_handler.model.model_tags,
                 ],
             )
+        self.storage.push(self.paths.export.name, only=CARD_FILES)
 
     def push_to_hub(
         self,

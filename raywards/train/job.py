@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,34 @@ class Job:
     untrained: str | None = None
     """Folder or hub id of the model without adapters, where some of its weights are not trained:
     these are not in checkpoints, and the export takes them from there."""
+
+    def seen_from(self, run: Path) -> Job:
+        """The job for a process that sees the run folder, or its copy of it, at `run`."""
+        ours = self.paths.run
+
+        def moved(path: Path) -> Path:
+            return run / path.relative_to(ours) if path.is_relative_to(ours) else path
+
+        def moved_id(model: Any) -> Any:
+            is_ours = isinstance(model, str) and Path(model).is_relative_to(ours)
+            return str(moved(Path(model))) if is_ours else model
+
+        return replace(
+            self,
+            paths=RunPaths(run.parent, run.name),
+            model=moved_id(self.model),
+            train=moved(self.train),
+            evals={prefix: moved(folder) for prefix, folder in self.evals.items()},
+            adapter=None if self.adapter is None else moved(self.adapter),
+            untrained=moved_id(self.untrained),
+        )
+
+    def in_run_folder(self) -> list[str]:
+        """What a worker reads from the run folder, by name."""
+        ours = self.paths.run
+        models = [Path(m) for m in (self.model, self.untrained) if isinstance(m, str)]
+        folders = {self.train, *self.evals.values(), *models, *filter(None, [self.adapter])}
+        return sorted(str(f.relative_to(ours)) for f in folders if f.is_relative_to(ours))
 
 
 @dataclass

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,14 @@ from raywards.preferences import NUMBERS, REASONS
 from raywards.rendering import Rendering
 from raywards.rowset import RowRef, RowSet
 from raywards.sources import read_rows
+from raywards.train.storage import Storage
 from raywards.train.table import FEATURES, LENGTHS, open_shard
 from raywards.train.tasks import in_order
 
 logger = logging.getLogger(__name__)
 
+PREPARED = "prepared"
+"""Folder of the run for what is prepared."""
 _FORMAT = 4
 _ROWS_PER_SHARD = 20_000
 _ROWS_PER_CHUNK = 1000
@@ -91,7 +95,7 @@ def prepare(
     source: Any,
     rendering: Rendering,
     settings: EncodeSettings,
-    parent: Path,
+    storage: Storage,
     *,
     name: str,
     split: str = "train",
@@ -99,9 +103,10 @@ def prepare(
     connect: Callable[[], Any] | None = None,
     tasks_at_once: int | None = None,
 ) -> Prepared:
-    """Encode every row of `source` into a folder below `parent`, or find it there already.
+    """Encode every row of `source` into a folder of the run, or find it there already.
 
     Args:
+        storage: Keeps the run folder; what is prepared lies in `prepared`, in it.
         most_of_stream: Rows to take of each stream; None: all.
         connect: Gives the `ray` module, connected. It is called where there are rows for more than
             one shard: they become tasks then. None: all is done in this process.
@@ -111,7 +116,9 @@ def prepare(
     and `ConfigError` where no pair is left.
     """
     row_sets = read_rows(source, split=split)
+    parent = storage.local / PREPARED
     parent.mkdir(parents=True, exist_ok=True)
+    is_seen_by_all = storage.shared or not any(rows.is_stream for rows in row_sets)
     partial = parent / f".{name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
@@ -123,14 +130,16 @@ def prepare(
         ]
         fingerprint = _fingerprint(row_sets, rendering, settings)
         folder = parent / f"{name}-{fingerprint[:16]}"
+        storage.pull(f"{PREPARED}/{folder.name}")
         prepared = _find(folder)
         if prepared is not None:
             logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
             return prepared
-        ray = connect() if connect and sum(map(len, row_sets)) > _ROWS_PER_SHARD else None
+        many = sum(map(len, row_sets)) > _ROWS_PER_SHARD
+        ray = connect() if connect and many and is_seen_by_all else None
         # Closed, so that no task still writes when the folder is removed.
         with contextlib.closing(
-            _encode(row_sets, rendering, settings, partial, ray, tasks_at_once)
+            _encode(row_sets, rendering, settings, partial, storage.shared, ray, tasks_at_once)
         ) as summaries:
             total = _gather(summaries)
         _refuse_nothing_left(name, total)
@@ -139,6 +148,7 @@ def prepare(
         about = {"format": _FORMAT, "fingerprint": fingerprint, **total}
         (partial / "prepared.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         prepared = _put(partial, folder)
+        storage.push(f"{PREPARED}/{folder.name}")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _tell(name, prepared)
@@ -192,6 +202,8 @@ class _Summary:
     most_sequences: int = 0
     shard: tuple[str, int] | None = None
     """Name and bytes; None where no pair is left."""
+    content: bytes | None = None
+    """The shard itself, on its way from a node that does not see the folder it belongs into."""
     fatal: Exception | None = None
     """What `on_bad_row` has no say in."""
 
@@ -217,11 +229,11 @@ def _encode(
     rendering: Rendering,
     settings: EncodeSettings,
     folder: Path,
+    is_shared: bool,
     ray: Any,
     at_once: int | None,
 ) -> Generator[_Summary, None, None]:
     """Encode range by range, here or as tasks; summaries come in the order of the rows."""
-    shared = (rendering, settings, folder)
     work = (
         (place, *one)
         for place, one in enumerate(
@@ -232,19 +244,42 @@ def _encode(
         )
     )
     if ray is None:
-        return (_encode_range(shared, *one) for one in work)
-    return in_order(ray, _encode_range, shared, work, at_once=at_once)
+        yield from (_encode_range((rendering, settings, folder), *one) for one in work)
+        return
+    given = (rendering, settings, folder if is_shared else None)
+    with contextlib.closing(
+        in_order(ray, _encode_range_as_task, given, work, at_once=at_once)
+    ) as summaries:
+        for summary in summaries:
+            if summary.shard is not None and summary.content is not None:
+                (folder / summary.shard[0]).write_bytes(summary.content)
+                summary.content = None
+            yield summary
+
+
+def _encode_range_as_task(
+    given: tuple[Rendering, EncodeSettings, Path | None], *one: Any
+) -> _Summary:
+    """`_encode_range` on any node. Without a folder that it sees, the summary carries the shard."""
+    rendering, settings, folder = given
+    if folder is not None:
+        return _encode_range((rendering, settings, folder), *one)
+    with tempfile.TemporaryDirectory() as own:
+        summary = _encode_range((rendering, settings, Path(own)), *one)
+        if summary.shard is not None:
+            summary.content = (Path(own) / summary.shard[0]).read_bytes()
+    return summary
 
 
 def _encode_range(
-    shared: tuple[Rendering, EncodeSettings, Path],
+    given: tuple[Rendering, EncodeSettings, Path],
     place: int,
     rows: RowSet,
     required: list[str],
     rows_per_chunk: int,
 ) -> _Summary:
     """Encode `rows` into the shard of their place."""
-    rendering, settings, folder = shared
+    rendering, settings, folder = given
     summary = _Summary(rows.group or rows.name)
     file = folder / f"pairs-{place:05d}.arrow"
     # A task that was taken for lost may still be writing when it runs again elsewhere.
@@ -263,8 +298,8 @@ def _encode_range(
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, FEATURES.arrow_schema))
     except RowError as error:  # a line that cannot be read
         summary.fatal = error
-    except FileNotFoundError:
-        summary.fatal = _not_seen(folder)
+    except FileNotFoundError as error:
+        summary.fatal = _not_seen(error.filename or str(folder))
     finally:
         if writer is not None:
             writer.close()
@@ -323,11 +358,11 @@ def _chunks(
         start += len(chunk)
 
 
-def _not_seen(folder: Path) -> ConfigError:
+def _not_seen(path: str) -> ConfigError:
     return ConfigError(
-        f"{folder}: is not there on node {socket.gethostname()}, which was to encode rows into it. "
-        "output_dir or storage_path must be a folder that every node sees; or encode in the "
-        "driver's process (dataset_num_proc=1)."
+        f"{path}: is not there on node {socket.gethostname()}, which was to encode rows. Data "
+        "files, and a run folder (output_dir or storage_path) that is no object storage, must be "
+        "where every node sees them; or encode in the driver's process (dataset_num_proc=1)."
     )
 
 

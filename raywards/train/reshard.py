@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import io
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,35 +18,37 @@ from typing import Any
 import torch
 from deepspeed.checkpoint import ds_to_universal
 
+from raywards.train.session import Session
+
 _NAME = "universal"
 
 
 @contextlib.contextmanager
-def resharded(engine_folder: Path, run: Path, rank: int) -> Iterator[Path]:
+def resharded(engine_folder: Path, session: Session) -> Iterator[Path]:
     """Inside, the shards in `engine_folder` as a universal checkpoint. A collective.
 
-    It lies in the run folder, which every rank sees, takes as much space as the shards (twice that
-    while it is made), and is gone afterwards.
+    It lies in the run folder or this node's copy of it, takes as much space as the shards (twice
+    that while it is made), and is gone afterwards.
     """
-    names = [f".resharded-{uuid.uuid4().hex[:8]}"]
-    torch.distributed.broadcast_object_list(names, src=0)
-    folder = run / names[0]
-    failure: list[BaseException | None] = [None]
-    if rank == 0:
-        for left in run.glob(".resharded-*"):  # by an attempt that was killed
+    folder = session.storage.local / f".resharded-{session.attempt}"
+    failure: BaseException | None = None
+    if session.is_first_here:
+        for left in folder.parent.glob(".resharded-*"):  # by an attempt that was killed
             shutil.rmtree(left, ignore_errors=True)
         try:
             _convert(engine_folder, folder / _NAME)
         except Exception as error:
-            failure = [error]
-    torch.distributed.broadcast_object_list(failure, src=0)  # the others must not wait for ever
+            failure = error
+    failures: list[BaseException | None] = [None] * session.world_size
+    torch.distributed.all_gather_object(failures, failure)  # the others must not wait for ever
     try:
-        if failure[0] is not None:
-            raise failure[0]
+        for found in failures:
+            if found is not None:
+                raise found
         yield folder
         torch.distributed.barrier()  # all have read it
     finally:
-        if rank == 0:
+        if session.is_first_here:
             shutil.rmtree(folder, ignore_errors=True)
 
 

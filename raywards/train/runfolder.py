@@ -5,23 +5,17 @@ The same settings stand in every checkpoint, so that one is not taken for anothe
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import logging
-import os
-import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.checkpoint import read_manifest
 from raywards.config import RewardConfig, RunPaths, as_dict
 from raywards.errors import CheckpointError, ConfigError
-from raywards.train.storage import remove_cut_off
+from raywards.train.storage import Storage
 
-logger = logging.getLogger(__name__)
+_FILE = "run.json"
 
 # Settings that may differ when a run is started again: they change neither weights nor their order.
 _MAY_CHANGE = {
@@ -38,34 +32,6 @@ _MAY_CHANGE = {
 
 # Settings that the first start decides where they are not set: later ones keep its value.
 _DECIDED_FIRST = ("global_batch", "deepspeed")
-
-
-@contextlib.contextmanager
-def hold(paths: RunPaths) -> Iterator[None]:
-    """Keep the run folder to this process, and free of checkpoints that were never finished.
-
-    By a lock of the operating system, which ends with the process however that ends.
-
-    Raises `ConfigError` where another process trains into it, or where it cannot be made.
-    """
-    try:
-        paths.run.mkdir(parents=True, exist_ok=True)
-        lock = (paths.run / "run.lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir: {paths.run} cannot be made a folder ({error.strerror}). Give a path that "
-            "this user may write to."
-        ) from None
-    with lock:
-        _lock(lock, paths.run)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}")
-        lock.flush()
-        remove_cut_off(paths.run)
-        try:
-            yield
-        finally:
-            remove_cut_off(paths.run)
 
 
 def fixed_settings(
@@ -89,11 +55,10 @@ def fixed_settings(
     return json.loads(json.dumps(settings, default=str))  # type: ignore[no-any-return]
 
 
-def settings_to_continue(paths: RunPaths, explicit: Path | None) -> dict[str, Any] | None:
+def settings_to_continue(storage: Storage, explicit: Path | None) -> dict[str, Any] | None:
     """The fixed settings of the run in this folder, or of the checkpoint to start from, if any."""
-    file = paths.run / "run.json"
-    if file.is_file() and complete_checkpoints(paths.run):
-        return _read_settings(file)
+    if (settings := _settings_in_use(storage)) is not None:
+        return settings
     if explicit is not None:
         return checkpoint_settings(explicit, read_manifest(explicit, kind="checkpoint"))
     return None
@@ -129,16 +94,12 @@ def refuse_other_run(where: str, theirs: Mapping[str, Any], ours: Mapping[str, A
     )
 
 
-def claim(paths: RunPaths, config: RewardConfig, settings: Mapping[str, Any]) -> None:
+def claim(storage: Storage, config: RewardConfig, settings: Mapping[str, Any]) -> None:
     """Write `run.json` with the fixed `settings`, or refuse the folder of another run."""
-    file = paths.run / "run.json"
-    if file.is_file() and complete_checkpoints(paths.run):
-        refuse_other_run(f"{paths.run}: holds checkpoints", _read_settings(file), settings)
-    paths.run.mkdir(parents=True, exist_ok=True)
+    if (theirs := _settings_in_use(storage)) is not None:
+        refuse_other_run(f"{storage.where()}: holds checkpoints", theirs, settings)
     content = {"settings": settings, "all": as_dict(config)}
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    partial.replace(file)
+    storage.write(_FILE, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def that_decide(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,33 +112,22 @@ def refuse_folder_of_a_job(paths: RunPaths) -> None:
     if "working_dir_files" in paths.run.parts:
         raise ConfigError(
             f"output_dir: {paths.run} lies in the copy of the working directory that Ray made for "
-            "this job and will delete. Give an absolute path that every node sees."
+            "this job and will delete. Give an absolute path that every node sees, or a "
+            "storage_path."
         )
 
 
-def _lock(file: TextIO, run: Path) -> None:
+def _settings_in_use(storage: Storage) -> dict[str, Any] | None:
+    """The fixed settings in `run.json`, where there are checkpoints that they hold for."""
+    text = storage.read(_FILE)
+    if text is None or not storage.checkpoints():
+        return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise ConfigError(
-            f"{run}: another run trains into this folder now ({file.read()}). Wait for its end, "
-            "stop it, or give this run another output_dir or run_name."
-        ) from None
-    except OSError as error:
-        logger.warning(
-            "%s: this file system has no locks (%s): see to it that no two runs share the folder",
-            run,
-            error.strerror,
-        )
-
-
-def _read_settings(file: Path) -> dict[str, Any]:
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        settings: dict[str, Any] = json.loads(text)["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{file}: is damaged ({error!r}), so it cannot be told whether the checkpoints beside "
-            "it are of this run. Restore it, or give this run another output_dir."
+            f"{storage.where(_FILE)}: is damaged ({error!r}), so it cannot be told whether the "
+            "checkpoints beside it are of this run. Restore it, or give this run another "
+            "output_dir."
         ) from None
     return settings

@@ -17,21 +17,26 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from raywards.train.callbacks import Callbacks
+from raywards.train.storage import Storage
 
 logger = logging.getLogger(__name__)
 
+_BOARD = "tensorboard"
 _SHOWN = ("loss", "accuracy", "eval_loss", "eval_accuracy")
 
 
 class RunLog:
     """Records of one run, kept by the process that called `train()`."""
 
-    def __init__(self, path: Path, callbacks: Callbacks, *, show_progress: bool) -> None:
+    def __init__(
+        self, path: Path, callbacks: Callbacks, storage: Storage, *, show_progress: bool
+    ) -> None:
         self.path = path
         self.callbacks = callbacks
         self.history: list[dict[str, Any]] = read_history(path)
         self.first_step = 0
         self.finished: dict[str, Any] | None = None
+        self._storage = storage
         self._show = show_progress
         self._bar: Any = None
         self._board: Any = None
@@ -61,12 +66,25 @@ class RunLog:
             self._advance(record["step"])
         elif kind == "note":
             self._say(record["text"])
+        elif kind == "save":
+            self._push()
         elif kind == "finish":
             self.finished = record
 
     def close(self) -> None:
+        self._close_board()
+        self._push()
         if self._bar is not None:
             self._bar.close()
+
+    def _push(self) -> None:
+        try:
+            for name in (self.path.name, _BOARD):
+                self._storage.push(name)
+        except OSError as error:  # the records are in the checkpoints, too
+            logger.warning("the log: %s", error)
+
+    def _close_board(self) -> None:
         if self._board is not None:
             try:
                 self._board.close()
@@ -144,9 +162,7 @@ class RunLog:
         if self._board is not None:
             self._board.close()
         # TensorBoard itself drops the events after `purge_step` when it reads the folder.
-        self._board = SummaryWriter(
-            str(self.path.parent / "tensorboard"), purge_step=self.first_step + 1
-        )
+        self._board = SummaryWriter(str(self.path.parent / _BOARD), purge_step=self.first_step + 1)
 
 
 def _tag(name: str) -> str:

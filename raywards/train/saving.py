@@ -119,7 +119,7 @@ def load_engine(worker: Worker, folder: Path, manifest: Mapping[str, Any]) -> di
             f"{folder.name} is of {manifest['num_ranks']} workers and there are "
             f"{session.world_size} now: its ZeRO-{stage} shards are converted.",
         )
-        with resharded(folder / _TAG, worker.job.paths.run, session.rank) as converted:
+        with resharded(folder / _TAG, session) as converted:
             path, client_state = load_resharded(engine, converted)
     if path is None:
         raise CheckpointError(f"{folder}: DeepSpeed found nothing to load in it.")

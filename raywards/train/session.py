@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import hashlib
 import os
 import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,14 +18,13 @@ from typing import Any, Protocol
 
 import torch
 
-from raywards.checkpoint import complete_checkpoints
 from raywards.errors import ConfigError, TrainingError
 from raywards.train.storage import (
     Background,
+    Storage,
     checkpoint_of,
-    complete,
-    move_part,
-    remove_cut_off,
+    newest_checkpoint,
+    node_folder,
     retain,
 )
 
@@ -53,6 +50,9 @@ class Session(Protocol):
     ranks_on_node: int
     """Workers that share this node's memory."""
     device: torch.device
+    storage: Storage
+    is_first_here: bool
+    """Whether it is the first of the ranks that see one and the same `storage.local`."""
     attempt: str
     """Shared by all ranks and new for every attempt: makes the names of checkpoints unique."""
 
@@ -75,8 +75,11 @@ class Session(Protocol):
     def settle(self) -> None:
         """Wait until what was committed is complete. A barrier: every rank calls it."""
 
-    def find(self, step: int) -> Path | None:
-        """The complete checkpoint of a step in the run folder. Every rank calls it."""
+    def find(self, step: int) -> str | None:
+        """Name of the complete checkpoint of a step. Every rank calls it."""
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[Path]:
+        """A checkpoint in storage as a local folder. Every rank calls it."""
 
     def should_stop(self) -> bool:
         """Whether the driver has asked the run to stop, alike on all ranks: every rank calls it."""
@@ -90,7 +93,7 @@ class RaySession:
         send: Send,
         *,
         ask: Callable[[], Word],
-        run: Path,
+        storage: Storage,
         explicit: Path | None,
         keep: int | None,
     ) -> None:
@@ -102,7 +105,9 @@ class RaySession:
         self.ranks_on_node = context.get_local_world_size()
         self.device = ray.train.torch.get_device()
         self.send = send
-        self._run, self._explicit, self._keep = run, explicit, keep
+        self.storage = storage
+        self.is_first_here = (self.rank if storage.shared else context.get_local_rank()) == 0
+        self._explicit, self._keep = explicit, keep
         self._ask = ask
         self._uploads = Background()
         if self.device.type == "cuda":
@@ -110,14 +115,13 @@ class RaySession:
         names = [uuid.uuid4().hex[:8]]
         torch.distributed.broadcast_object_list(names, src=0)
         self.attempt = names[0]
-        name = hashlib.sha256(str(run).encode()).hexdigest()[:12]
-        self._scratch = Path(tempfile.gettempdir()) / f"raywards-{name}"
+        self._scratch = node_folder(storage.where())
         self._sweep()
 
     def _sweep(self) -> None:
         """Remove what killed attempts at this run left on this node's disk and half-written."""
         if self.rank == 0:
-            remove_cut_off(self._run)
+            self.storage.remove_cut_off()
         for folder in self._scratch.glob("checkpoint-*"):
             if self.attempt not in folder.name:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -126,12 +130,12 @@ class RaySession:
     def resume_from(self) -> Iterator[Path | None]:
         # Not Ray's own choice: its controller hears of a checkpoint seconds after the last file of
         # it is there, so after a kill it would go back further than it has to. The manifest tells.
-        newest: list[Path | None] = [None]
-        if self.rank == 0:
-            complete = complete_checkpoints(self._run)
-            newest = [complete[-1] if complete else None]
-        torch.distributed.broadcast_object_list(newest, src=0)
-        yield newest[0] or self._explicit
+        newest = self._ask_first_rank(lambda: newest_checkpoint(self.storage))
+        if newest is None:
+            yield self._explicit
+            return
+        with self.open(newest) as folder:
+            yield folder
 
     def scratch(self, name: str) -> Path:
         folder = self._scratch / f"{name}-rank{self.rank}"
@@ -143,15 +147,14 @@ class RaySession:
         # a checkpoint is reported), does not start again where we removed a folder, and ends an
         # attempt from outside, without our error, where its background upload fails.
         def upload() -> None:
-            target = self._run / name
             try:
-                move_part(folder, target)
+                self.storage.put_part(folder, name)
                 if self.rank == 0:
-                    complete(folder, target)
+                    self.storage.complete(folder, name)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
             if self.rank == 0 and self._keep is not None:
-                retain(self._run, self._keep, best_step)
+                retain(self.storage, self._keep, best_step)
 
         self._uploads.start(upload)
 
@@ -162,10 +165,21 @@ class RaySession:
         self._uploads.wait()
         torch.distributed.barrier()
 
-    def find(self, step: int) -> Path | None:
-        found = [checkpoint_of(self._run, step) if self.rank == 0 else None]
-        torch.distributed.broadcast_object_list(found, src=0)
-        return found[0]
+    def find(self, step: int) -> str | None:
+        return self._ask_first_rank(lambda: checkpoint_of(self.storage, step))
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        self.storage.pull(name)
+        yield self.storage.local / name
+        torch.distributed.barrier()  # all have read it
+        if self.is_first_here:
+            self.storage.drop(name)
+
+    def _ask_first_rank(self, question: Callable[[], str | None]) -> str | None:
+        answer = [question() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(answer, src=0)
+        return answer[0]
 
     def should_stop(self) -> bool:
         # Ranks would hear of it at different steps if each asked.
@@ -182,7 +196,7 @@ class LocalSession:
     def __init__(
         self,
         send: Send,
-        run: Path,
+        storage: Storage,
         *,
         should_stop: Callable[[], bool],
         explicit: Path | None,
@@ -199,7 +213,8 @@ class LocalSession:
         self.device = torch.device("cuda:0" if use_gpu else "cpu")
         self.attempt = uuid.uuid4().hex[:8]
         self.send, self.should_stop = send, should_stop
-        self._run, self._explicit, self._keep = run, explicit, keep
+        self.storage, self.is_first_here = storage, True
+        self._explicit, self._keep = explicit, keep
 
     @contextlib.contextmanager
     def process_group(self, timeout_s: int) -> Iterator[None]:
@@ -233,17 +248,24 @@ class LocalSession:
 
     @contextlib.contextmanager
     def resume_from(self) -> Iterator[Path | None]:
-        complete = complete_checkpoints(self._run)
-        yield complete[-1] if complete else self._explicit
+        newest = newest_checkpoint(self.storage)
+        if newest is None:
+            yield self._explicit
+            return
+        with self.open(newest) as folder:
+            yield folder
 
     def scratch(self, name: str) -> Path:
-        folder = self._run / name
+        folder = self.storage.local / name
         folder.mkdir(parents=True)
         return folder
 
     def commit(self, folder: Path, name: str, *, best_step: int | None) -> None:
+        self.storage.put_part(folder, name)
+        self.storage.complete(folder, name)
+        self.storage.drop(name)
         if self._keep is not None:
-            retain(self._run, self._keep, best_step)
+            retain(self.storage, self._keep, best_step)
 
     def check(self) -> None:
         """Nothing happens in the background."""
@@ -251,5 +273,11 @@ class LocalSession:
     def settle(self) -> None:
         """Nothing happens in the background."""
 
-    def find(self, step: int) -> Path | None:
-        return checkpoint_of(self._run, step)
+    def find(self, step: int) -> str | None:
+        return checkpoint_of(self.storage, step)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Path]:
+        self.storage.pull(name)
+        yield self.storage.local / name
+        self.storage.drop(name)

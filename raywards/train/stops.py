@@ -98,7 +98,8 @@ def _stop(worker: Worker, before: Moment, what: str, rows: list[tuple[str, int]]
         if worker.saved_step != step:
             save(worker)
         worker.session.settle()
-        left = f"The checkpoint of step {step} in {worker.job.paths.run} is the state before it."
+        run = worker.session.storage.where()
+        left = f"The checkpoint of step {step} in {run} is the state before it."
     raise NonFiniteError(
         f"step {step + 1}: {what}. The update was not applied. {left} Started again with the same "
         "settings, the run meets the same pairs. Look at these rows and take out what is wrong "

@@ -1,26 +1,38 @@
-"""Checkpoints on their way into a run folder and out of it: written, moved, kept, removed.
+"""Where the files of a run are kept, and the checkpoints among them: written, kept, removed.
 
-A folder of ours without a manifest was cut off while it was written. The manifest comes last on the
-way in and goes first on the way out, so nothing half-written passes for a checkpoint.
+A checkpoint's folder without a manifest was cut off while it was written. The manifest comes last
+on the way in and goes first on the way out, so nothing half-written passes for a checkpoint.
+
+Two kinds of storage, one set of verbs: a folder that every node sees, here, and object storage, in
+`object_storage`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import socket
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Protocol, TextIO
 
-from raywards.checkpoint import MANIFEST, complete_checkpoints, list_files, read_manifest
-from raywards.errors import TrainingError
+from raywards.checkpoint import MANIFEST, list_checkpoints, list_files
+from raywards.errors import ConfigError, TrainingError
 
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
 _OURS = re.compile(r"checkpoint-\d{6,}-[0-9a-f]{8}")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # torch and safetensors say so in words of their own: the first names neither disk nor reason.
@@ -28,34 +40,241 @@ _FULL_IN_WORDS = ("inline_container.cc", "write(): fd", "(os error 28)", "(os er
 _LOOK_AGAIN_S = 0.1
 
 
+class Storage(Protocol):
+    """The run folder, by the names of what is in it."""
+
+    local: Path
+    """The run folder as this process sees it: the folder itself, or this machine's copy of it."""
+    shared: bool
+    """Whether what one process writes into `local` is there for all."""
+
+    def on_worker(self) -> Storage:
+        """The same storage for a worker, which may be on another node."""
+
+    def hold(self) -> contextlib.AbstractContextManager[None]:
+        """Keep the run folder to this process; `ConfigError` where another trains into it."""
+
+    def where(self, name: str = "") -> str:
+        """Path or address, for people."""
+
+    def push(self, name: str, only: Iterable[str] | None = None) -> None:
+        """Put the folder or file `local / name`, if there is one, into storage, its manifest last.
+
+        Of a folder, all that it holds or `only` these files. One with a manifest replaces what is
+        there."""
+
+    def pull(self, name: str, *, again: bool = False) -> None:
+        """Bring the folder or file `name` to `local`, if it is in storage; what is there already
+        stays, unless it is to be brought `again`."""
+
+    def drop(self, name: str) -> None:
+        """Remove this machine's copy of a folder that is in storage."""
+
+    def leave(self) -> None:
+        """Remove all of this machine's copy. For a worker, at the end of its run."""
+
+    def read(self, name: str) -> str | None:
+        """The text of a file, or None where there is none."""
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file, at once or not at all."""
+
+    def checkpoints(self) -> list[tuple[int, str]]:
+        """Step and name of the complete checkpoints, oldest step first."""
+
+    def put_part(self, part: Path, name: str) -> None:
+        """Bring this rank's files of checkpoint `name`, but for the manifest, into storage."""
+
+    def complete(self, part: Path, name: str) -> None:
+        """Wait until the files of every rank are there, then put rank 0's manifest beside them.
+
+        There is no barrier between the ranks: the files and their sizes tell.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint, its manifest first."""
+
+    def remove_cut_off(self) -> None:
+        """Remove checkpoints that were never finished. Only while nobody writes one."""
+
+
 def checkpoint_name(step: int, attempt: str) -> str:
     """Name of a checkpoint's folder; `attempt` makes it unique."""
     return f"checkpoint-{step:06d}-{attempt}"
 
 
-def checkpoint_of(run: Path, step: int) -> Path | None:
+def is_checkpoint_name(name: str) -> bool:
+    """Whether raywards gives such names to folders of checkpoints."""
+    return _OURS.fullmatch(name) is not None
+
+
+def newest_checkpoint(storage: Storage) -> str | None:
+    """Name of the complete checkpoint of the highest step."""
+    found = storage.checkpoints()
+    return found[-1][1] if found else None
+
+
+def checkpoint_of(storage: Storage, step: int) -> str | None:
     """The complete checkpoint of a step; the last one where several attempts wrote it."""
-    return next((f for f in reversed(complete_checkpoints(run)) if _step(f) == step), None)
+    return next((name for its, name in reversed(storage.checkpoints()) if its == step), None)
 
 
-def retain(run: Path, keep: int, best_step: int | None) -> None:
+def retain(storage: Storage, keep: int, best_step: int | None) -> None:
     """Remove the oldest complete checkpoints beyond `keep`, but never the newest or the best.
 
     The best counts as one of the `keep`, as in transformers. With `keep=1` two may stay.
     """
-    *older, newest = complete_checkpoints(run) or [run]
-    best = [folder for folder in older if _step(folder) == best_step]
-    others = [folder for folder in older if folder not in best]
+    found = storage.checkpoints()
+    if not found:
+        return
+    *older, newest = found
+    best = [one for one in older if one[0] == best_step]
+    others = [one for one in older if one not in best]
     room = max(0, keep - len({newest, *best}))
-    for folder in others[: len(others) - room]:
-        _remove(folder)
+    for _, name in others[: len(others) - room]:
+        storage.remove(name)
 
 
-def remove_cut_off(run: Path) -> None:
-    """Remove checkpoints that were never finished. Only while nobody writes into the run folder."""
-    for folder in run.glob("checkpoint-*"):
-        if _OURS.fullmatch(folder.name) and not (folder / MANIFEST).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+class SharedFolder:
+    """A folder that every node sees. Pickled, it is its path."""
+
+    shared = True
+
+    def __init__(self, folder: Path) -> None:
+        self.local = folder
+
+    def on_worker(self) -> SharedFolder:
+        return self
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """By a lock of the operating system, which ends with the process however that ends."""
+        with hold_folder(self.local):
+            yield
+
+    def where(self, name: str = "") -> str:
+        return str(self.local / name)
+
+    def push(self, name: str, only: Iterable[str] | None = None) -> None:
+        """It is there."""
+
+    def pull(self, name: str, *, again: bool = False) -> None:
+        """It is there, or nowhere."""
+
+    def drop(self, name: str) -> None:
+        """There is no copy."""
+
+    def leave(self) -> None:
+        """There is no copy."""
+
+    def read(self, name: str) -> str | None:
+        file = self.local / name
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def write(self, name: str, text: str) -> None:
+        file = self.local / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+
+    def checkpoints(self) -> list[tuple[int, str]]:
+        return list_checkpoints(self.local)
+
+    def put_part(self, part: Path, name: str) -> None:
+        """On one disk this is a rename. What was moved before a failure is left for
+        `remove_cut_off`: other ranks still write beside it."""
+        target = self.local / name
+        if part == target:
+            return
+        with writing(target):
+            for file in list_files(part):
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(part / file, target / file)
+
+    def complete(self, part: Path, name: str) -> None:
+        target = self.local / name
+        if part == target:
+            return
+        files = json.loads((part / MANIFEST).read_text(encoding="utf-8"))["files"]
+        while any(_size(target / file) != size for file, size in files.items()):
+            time.sleep(_LOOK_AGAIN_S)
+        with writing(target):
+            partial = target / f".{MANIFEST}.partial"
+            shutil.copyfile(part / MANIFEST, partial)
+            os.replace(partial, target / MANIFEST)
+
+    def remove(self, name: str) -> None:
+        # Without its manifest it is no checkpoint any more, should the rest not be removed.
+        (self.local / name / MANIFEST).unlink()
+        shutil.rmtree(self.local / name, ignore_errors=True)
+
+    def remove_cut_off(self) -> None:
+        for folder in self.local.glob("checkpoint-*"):
+            if is_checkpoint_name(folder.name) and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def node_folder(where: str) -> Path:
+    """Folder on this node's own disk for the run that is kept `where`."""
+    name = hashlib.sha256(where.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"raywards-{name}"
+
+
+@contextlib.contextmanager
+def on_this_node(lock: Path) -> Iterator[None]:
+    """One process of this node at a time."""
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep a folder on a disk to this process.
+
+    Raises `ConfigError` where another process holds it, or where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir: {folder} cannot be made a folder ({error.strerror}). Give a path that "
+            "this user may write to."
+        ) from None
+    with lock:
+        _lock(lock, folder)
+        lock.truncate(0)
+        lock.write(this_process())
+        lock.flush()
+        yield
+
+
+def this_process() -> str:
+    """Who holds a run folder, for whoever finds it held."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}"
+
+
+def held_by_another(where: str, holder: str) -> ConfigError:
+    return ConfigError(
+        f"{where}: another run trains into this folder now ({holder}). Wait for its end, stop it, "
+        "or give this run another output_dir or run_name."
+    )
+
+
+def _lock(file: TextIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise held_by_another(str(folder), file.read()) from None
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s): see to it that no two runs share the folder",
+            folder,
+            error.strerror,
+        )
 
 
 @contextlib.contextmanager
@@ -110,47 +329,11 @@ class Background:
             pending.result()
 
 
-def move_part(part: Path, target: Path) -> None:
-    """Move this rank's files of a checkpoint, but for the manifest, into the run folder.
-
-    On one disk this is a rename. What was moved before a failure is left for `remove_cut_off`:
-    other ranks still write beside it.
-    """
-    with writing(target):
-        for name in list_files(part):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(part / name, target / name)
-
-
-def complete(part: Path, target: Path) -> None:
-    """Wait until the files of every rank are in `target`, then put rank 0's manifest beside them.
-
-    There is no barrier between the ranks: the files and their sizes tell.
-    """
-    files = json.loads((part / MANIFEST).read_text(encoding="utf-8"))["files"]
-    while any(_size(target / name) != size for name, size in files.items()):
-        time.sleep(_LOOK_AGAIN_S)
-    with writing(target):
-        partial = target / f".{MANIFEST}.partial"
-        shutil.copyfile(part / MANIFEST, partial)
-        os.replace(partial, target / MANIFEST)
-
-
-def _step(folder: Path) -> int:
-    return int(read_manifest(folder, kind="checkpoint")["step"])
-
-
 def _size(file: Path) -> int | None:
     try:
         return file.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _remove(folder: Path) -> None:
-    """Without its manifest it is no checkpoint any more, should the rest not be removed."""
-    (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_full(error: Exception) -> bool:

@@ -6,6 +6,7 @@ What happens on a worker is in `loop`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -21,7 +22,7 @@ from transformers import trainer_pt_utils
 from transformers.trainer_utils import TrainOutput
 
 import raywards
-from raywards.checkpoint import complete_checkpoints, read_manifest
+from raywards.checkpoint import read_manifest
 from raywards.config import (
     RewardConfig,
     RunPaths,
@@ -29,6 +30,7 @@ from raywards.config import (
     attribute_weights,
     check_objective,
     freeze,
+    is_address,
     worker_range,
 )
 from raywards.errors import CheckpointError, ConfigError, TrainingError
@@ -58,18 +60,18 @@ from raywards.train.cluster import connect, ray_for_tasks, run_on_ray
 from raywards.train.finished import FinishedRun
 from raywards.train.job import Job
 from raywards.train.loop import evaluate_alone, train
+from raywards.train.object_storage import storage_of
 from raywards.train.prepare import EncodeSettings, Prepared, prepare, weigh
 from raywards.train.runfolder import (
     claim,
     fixed_settings,
-    hold,
     refuse_folder_of_a_job,
     settings_to_continue,
 )
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.start import may_be_half
-from raywards.train.storage import checkpoint_of
+from raywards.train.storage import checkpoint_of, newest_checkpoint
 from raywards.train.tuning import check_cheaper, check_quantised
 from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
 from raywards.trl_fields import REFUSED_METHODS
@@ -156,7 +158,9 @@ class RewardTrainer(FinishedRun):
         self.train_dataset = train_dataset
         self.eval_dataset = eval_dataset
         self.paths = RunPaths.of(self.args)
-        refuse_folder_of_a_job(self.paths)
+        self.storage = storage_of(self.args, self.paths)
+        if self.storage.shared:
+            refuse_folder_of_a_job(self.paths)
         self.state = transformers.TrainerState()
         self.accelerator = _Console()
         self.hub_model_id = self.args.hub_model_id or self.paths.name
@@ -229,11 +233,11 @@ class RewardTrainer(FinishedRun):
 
         What a callback raises is passed on, and ends the run.
         """
-        explicit = self._resume_point(resume_from_checkpoint)
         started = time.monotonic()
         if self.args.use_cpu and self.args.use_gpu:
             raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
         check_objective(self.args)
+        explicit = self._resume_point(resume_from_checkpoint)
         settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.
         zero = zero_config(
@@ -252,8 +256,13 @@ class RewardTrainer(FinishedRun):
         Goal.of(self.args)
         if self.args.push_to_hub:
             self._open_repo()
-        with hold(self.paths):
-            return self._train(settings, explicit, started)
+        with self.storage.hold():
+            self.storage.remove_cut_off()
+            try:
+                return self._train(settings, explicit, started)
+            finally:
+                with contextlib.suppress(OSError):  # it would hide what went wrong
+                    self.storage.remove_cut_off()
 
     def _train(
         self, settings: dict[str, Any], explicit: Path | None, started: float
@@ -263,18 +272,24 @@ class RewardTrainer(FinishedRun):
         use_gpu = self._use_gpu()  # may start Ray: not before the rows are known to be good
         self.callback_handler.new_run()
         log = RunLog(
-            self.paths.metrics, self.callback_handler, show_progress=not self.args.disable_tqdm
+            self.paths.metrics,
+            self.callback_handler,
+            self.storage,
+            show_progress=not self.args.disable_tqdm,
         )
         try:
             log.take("note", {"text": self._plan_in_words(job, use_gpu)})
             if self.args.num_workers == 0:
                 self._train_here(job, log, explicit, use_gpu)
             else:
-                run_on_ray(job, log, explicit=explicit, use_gpu=use_gpu)
+                run_on_ray(job, log, self.storage, explicit=explicit, use_gpu=use_gpu)
         finally:
             log.close()
         if log.finished is None:
-            raise TrainingError(f"The run ended without an export; see {self.paths.run}.")
+            raise TrainingError(f"The run ended without an export; see {self.storage.where()}.")
+        for folder in (self.paths.export, self.paths.adapter):
+            if self.args.num_workers != 0:  # written elsewhere
+                self.storage.pull(folder.name, again=True)
         self._note_best(log.finished)
         self._trained = True
         output = self._output(log, time.monotonic() - started)
@@ -419,7 +434,7 @@ class RewardTrainer(FinishedRun):
             "deepspeed": read_zero(self.args.deepspeed or stage),
             **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
         }
-        return fixed_settings(self.args, facts, settings_to_continue(self.paths, explicit))
+        return fixed_settings(self.args, facts, settings_to_continue(self.storage, explicit))
 
     @property
     def _lora(self) -> Any:
@@ -467,20 +482,26 @@ class RewardTrainer(FinishedRun):
 
     def _resume_point(self, asked: str | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
+        newest = newest_checkpoint(self.storage)
         if isinstance(asked, str):
+            if is_address(asked):
+                raise ConfigError(
+                    f"resume_from_checkpoint={asked!r}: expected a folder. A run that is in object "
+                    "storage goes on by itself; copy a checkpoint of another one here first."
+                )
             folder = Path(asked).expanduser().absolute()
             read_manifest(folder, kind="checkpoint")
-            present = complete_checkpoints(self.paths.run)
-            if present and present[-1] != folder:
+            if newest is not None and str(folder) != self.storage.where(newest):
                 raise CheckpointError(
-                    f"resume_from_checkpoint={asked!r}: {self.paths.run} has a newer checkpoint, "
-                    f"{present[-1].name}, from which the run would go on. Give the run that starts "
-                    "from the older one another output_dir."
+                    f"resume_from_checkpoint={asked!r}: {self.storage.where()} has a newer "
+                    f"checkpoint, {newest}, from which the run would go on. Give the run that "
+                    "starts from the older one another output_dir."
                 )
             return folder
-        if asked is True and not complete_checkpoints(self.paths.run):
+        if asked is True and newest is None:
             raise CheckpointError(
-                f"resume_from_checkpoint=True: there is no complete checkpoint in {self.paths.run}."
+                "resume_from_checkpoint=True: there is no complete checkpoint in "
+                f"{self.storage.where()}."
             )
         return None
 
@@ -491,7 +512,7 @@ class RewardTrainer(FinishedRun):
                 self.train_dataset,
                 self._rendering,
                 self._encode_settings(),
-                self.paths.prepared,
+                self.storage,
                 name="train",
                 most_of_stream=self.args.max_steps * batch if self.args.max_steps > 0 else None,
                 connect=connect_for_tasks,
@@ -505,19 +526,21 @@ class RewardTrainer(FinishedRun):
         mixture = weigh(pairs.sources, self.args.dataset_weights)  # type: ignore[arg-type]
         self._refuse_empty_epoch(TrainPlan(pairs.num_pairs, batch, seed=0, mixture=mixture))
         settings["pairs"] = pairs.fingerprint
-        claim(self.paths, self.args, settings)
+        claim(self.storage, self.args, settings)
         model, adapter = self._model, None
         partly = self._lora is not None or bool(self.args.freeze)
         untrained = model if partly and isinstance(model, str) else None
         if not isinstance(model, str) and (partly or self.args.num_workers != 0):
             folder = self.paths.run / "initial-model"
             save_base(model, folder)
+            self.storage.push(folder.name)
             untrained = str(folder) if partly else None
             if self.args.num_workers != 0:
                 # Workers are other processes: they load the given model from a folder.
                 if is_adapted(model):
                     adapter = self.paths.run / "initial-adapter"
                     model.save_pretrained(adapter)
+                    self.storage.push(adapter.name)
                 model = str(folder)
         return Job(
             config=self.args,
@@ -567,7 +590,7 @@ class RewardTrainer(FinishedRun):
         workers = workers if most else "one process"
         device = "GPU" if use_gpu else "CPU"
         pairs = job.about["num_pairs"]
-        return f"{pairs} pairs, {workers} on {device}, run folder {self.paths.run}"
+        return f"{pairs} pairs, {workers} on {device}, run folder {self.storage.where()}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
         settings = self._encode_settings()
@@ -578,7 +601,7 @@ class RewardTrainer(FinishedRun):
         prepared = {}
         for name, rows in sources.items():
             prepared[name] = prepare(
-                rows, self._rendering, settings, self.paths.prepared, name=name, split="test"
+                rows, self._rendering, settings, self.storage, name=name, split="test"
             )
             self.dropped[name] = prepared[name].dropped
         return prepared
@@ -593,7 +616,7 @@ class RewardTrainer(FinishedRun):
             )
         session = LocalSession(
             log.take,
-            self.paths.run,
+            self.storage,
             should_stop=lambda: self.callback_handler.stopping,
             explicit=explicit,
             keep=self.args.save_total_limit,
@@ -608,8 +631,8 @@ class RewardTrainer(FinishedRun):
         """transformers' fields of the state that say which checkpoint is the best."""
         self.state.best_metric = finished["best_metric"]
         self.state.best_global_step = finished["best_step"]
-        folder = finished["best_step"] and checkpoint_of(self.paths.run, finished["best_step"])
-        self.state.best_model_checkpoint = str(folder) if folder else None
+        name = finished["best_step"] and checkpoint_of(self.storage, finished["best_step"])
+        self.state.best_model_checkpoint = self.storage.where(name) if name else None
 
     def _output(self, log: RunLog, seconds: float) -> TrainOutput:
         records = [entry for entry in log.history if "loss" in entry]
