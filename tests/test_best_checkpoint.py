@@ -25,7 +25,7 @@ from raywards.errors import CheckpointError, ConfigError
 from raywards.evaluation import FIGURES, figures
 from raywards.train.best import Goal
 from raywards.train.job import State
-from raywards.train.storage import remove_cut_off, retain
+from raywards.train.storage import SharedFolder, retain
 
 ROWS = conversation_rows(45)
 # Every third pair is the wrong way round, so a model that grows surer gets worse in time.
@@ -247,7 +247,7 @@ def test_the_newest_and_the_best_are_kept(
 ) -> None:
     for step in (3, 1, 2, 5, 4):
         checkpoint(tmp_path, step)
-    retain(tmp_path, keep, best)
+    retain(SharedFolder(tmp_path), keep, best)
     assert steps(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)
 
@@ -256,9 +256,9 @@ def test_nothing_is_removed_for_a_checkpoint_that_is_not_complete(tmp_path: Path
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-000003-00000003" / "part").unlink()
-    retain(tmp_path, 1, None)
+    retain(SharedFolder(tmp_path), 1, None)
     assert steps(tmp_path) == [2]
-    retain(tmp_path / "empty", 1, None)
+    retain(SharedFolder(tmp_path / "empty"), 1, None)
 
 
 def test_what_was_cut_off_is_removed_and_nothing_else(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_what_was_cut_off_is_removed_and_nothing_else(tmp_path: Path) -> None:
     ]
     for other in others:
         other.mkdir()
-    remove_cut_off(tmp_path)
+    SharedFolder(tmp_path).remove_cut_off()
     assert sorted(tmp_path.iterdir()) == sorted([whole, *others])
 
 

@@ -82,7 +82,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"dataset_weights": "a"}, ["dataset_weights", "mapping"]),
     ({"resources_per_worker": "[1]"}, ["resources_per_worker:", "mapping"]),
     ({"resources_per_worker": 4}, ["resources_per_worker"]),
-    ({"storage_path": "s3://bucket"}, ["storage_path:", "folder that every node sees"]),
+    ({"output_dir": "s3://bucket"}, ["output_dir:", "given as storage_path"]),
     ({"max_failures": -2}, ["max_failures:"]),
     ({"num_workers": -1}, ["num_workers:", "a number of workers"]),
     ({"logging_steps": 0}, ["logging_steps:"]),

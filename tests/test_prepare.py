@@ -27,7 +27,8 @@ from raywards.preferences import encode_row
 from raywards.rendering import Rendering
 from raywards.rowset import RowRef, RowSet
 from raywards.train import prepare as module
-from raywards.train.prepare import EncodeSettings, Prepared, prepare
+from raywards.train.prepare import EncodeSettings, Prepared
+from raywards.train.storage import SharedFolder
 from raywards.train.table import PairTable
 
 SETTINGS = EncodeSettings(max_length=64, truncation="drop", on_bad_row="error")
@@ -37,6 +38,10 @@ DROPPING = EncodeSettings(max_length=64, truncation="drop", on_bad_row="drop")
 @pytest.fixture(scope="module")
 def rendering() -> Rendering:
     return Rendering(chatml_tokenizer())
+
+
+def prepare(source: Any, rendering: Rendering, settings: Any, run: Path, **options: Any) -> Any:
+    return module.prepare(source, rendering, settings, SharedFolder(run), **options)
 
 
 def text_rows(count: int, word: str = "good") -> list[dict[str, Any]]:
@@ -110,7 +115,7 @@ def test_the_shards_hold_the_encoded_rows_in_order(
     assert [pair["row"] for pair in table_of(prepared)] == list(range(30))
     ends = {ids[-1] for chosen, rejected, _ in expected for ids in (chosen, rejected)}
     assert prepared.last_ids == sorted(ends)
-    assert [path.name for path in tmp_path.iterdir()] == [prepared.folder.name]
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == [prepared.folder.name]
 
 
 @pytest.mark.parametrize("name", ["margin", "probability"])
@@ -253,7 +258,7 @@ def test_bad_rows_are_told_together_with_file_and_row(tmp_path: Path, rendering:
     for part in ("rows.jsonl row 2", "rows.jsonl row 4", "rows.jsonl row 5", "on_bad_row"):
         assert part in text
     assert len(text.splitlines()) < 15
-    assert list((tmp_path / "prepared").iterdir()) == []
+    assert list((tmp_path / "prepared" / "prepared").iterdir()) == []
 
 
 def test_a_file_full_of_bad_rows_is_one_screen(tmp_path: Path, rendering: Rendering) -> None:
@@ -268,7 +273,7 @@ def test_no_pair_left_is_an_error_that_says_why(tmp_path: Path, rendering: Rende
     source = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match=r"train: no pair is left of 3 rows \(3 too_long"):
         prepare(source, rendering, SETTINGS, tmp_path / "p", name="train")
-    assert list((tmp_path / "p").iterdir()) == []
+    assert list((tmp_path / "p" / "prepared").iterdir()) == []
 
 
 def test_an_empty_source_is_an_error(tmp_path: Path, rendering: Rendering) -> None:
@@ -340,7 +345,7 @@ def test_changed_rows_settings_or_templates_are_prepared_in_another_folder(
     ]
     assert len(set(found)) == len(found)
     assert fingerprint() == found[0]
-    assert len(list((tmp_path / "p").iterdir())) == len(found)
+    assert len(list((tmp_path / "p" / "prepared").iterdir())) == len(found)
 
 
 # ---------------------------------------------------------------- Ray tasks
@@ -394,7 +399,7 @@ def test_tasks_tell_of_the_first_bad_rows_and_leave_nothing(
             prepare(source, rendering, SETTINGS, tmp_path / "p", name="train", connect=connect)
         told.append(str(caught.value))
         assert caught.value.row == 60
-        assert list((tmp_path / "p").iterdir()) == []
+        assert list((tmp_path / "p" / "prepared").iterdir()) == []
     assert told[0] == told[1]
     assert [n for n in (60, 130, 131, 390) if f"row {n}" in told[0]] == [60, 130, 131, 390]
 
@@ -471,7 +476,7 @@ def test_a_stream_is_prepared_as_its_rows_are(tmp_path: Path, rendering: Renderi
     assert again == first
     longer = prepare(endless, rendering, SETTINGS, tmp_path / "p", name="train", most_of_stream=31)
     assert longer.num_pairs == 31
-    assert sorted((tmp_path / "p").iterdir()) == sorted([first.folder, longer.folder])
+    assert sorted((tmp_path / "p" / "prepared").iterdir()) == sorted([first.folder, longer.folder])
     whole = datasets.Dataset.from_list(rows).to_iterable_dataset()
     assert prepare(whole, rendering, SETTINGS, tmp_path / "w", name="t").num_pairs == 30
     nothing = datasets.IterableDataset.from_generator(lambda: iter(()))
@@ -527,7 +532,7 @@ def test_a_line_that_cannot_be_read_stops_the_run_under_either_setting(
     for settings in (SETTINGS, DROPPING):
         with pytest.raises(RowError, match=r"rows\.jsonl row 3 \(line 4\): row is not JSON"):
             prepare(source, rendering, settings, tmp_path / "p", name="train")
-    assert list((tmp_path / "p").iterdir()) == []
+    assert list((tmp_path / "p" / "prepared").iterdir()) == []
 
 
 def test_a_worker_refuses_pairs_that_are_damaged(tmp_path: Path, rendering: Rendering) -> None:
@@ -560,6 +565,7 @@ from pathlib import Path
 from tiny import chatml_tokenizer
 from raywards.rendering import Rendering
 from raywards.train import prepare as module
+from raywards.train.storage import SharedFolder
 module._ROWS_PER_CHUNK = 2
 encode_chunk = module._encode_chunk
 def slowly(*args):
@@ -567,7 +573,8 @@ def slowly(*args):
     return encode_chunk(*args)
 module._encode_chunk = slowly
 settings = module.EncodeSettings(64, "drop", "error")
-module.prepare({source!r}, Rendering(chatml_tokenizer()), settings, Path({folder!r}), name="train")
+run = SharedFolder(Path({folder!r}))
+module.prepare({source!r}, Rendering(chatml_tokenizer()), settings, run, name="train")
 """
 
 
@@ -584,14 +591,14 @@ def test_a_kill_half_way_leaves_nothing_that_looks_prepared(
     process = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 90
-        while not list(folder.glob(".*/pairs-*")):
+        while not list(folder.glob("prepared/.*/pairs-*")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    left = list(folder.iterdir())
+    left = list((folder / "prepared").iterdir())
     assert left, "it was not killed half-way"
     assert all(path.name.startswith(".") for path in left)
     assert not list(folder.rglob("prepared.json"))

@@ -13,7 +13,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ import datasets
 import httpx
 import psutil
 import pytest
+from ports import free_port
 from preferences_data import conversation_rows
 from tiny import tiny_qwen2
 
@@ -337,18 +337,6 @@ def test_the_training_command_leaves_an_export(desk: Path, tmp_path: Path) -> No
     assert all(f"`{name}" in README for name in named)
     assert all((folder / name).exists() for name in named)
     assert list(folder.glob("checkpoint-*"))
-
-
-def free_port() -> int:
-    """Outside of the range from which Ray takes ports for its workers."""
-    for port in range(22_000 + os.getpid() % 8_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-        return port
-    raise AssertionError("no free port")
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from tiny import tiny_qwen2
 from raywards import RewardConfig, RewardTrainer
 from raywards.checkpoint import complete_checkpoints, list_files, read_manifest, write_manifest
 from raywards.errors import ConfigError, NonFiniteError, TrainingError
-from raywards.train.runfolder import hold
-from raywards.train.storage import Background, complete, move_part
+from raywards.train.storage import Background, SharedFolder, hold_folder
 
 ROWS = conversation_rows(40)
 trains = pytest.mark.trains
@@ -314,12 +313,13 @@ def test_a_checkpoint_is_complete_only_with_the_parts_of_all_ranks(tmp_path: Pat
     first, second = part(tmp_path / "0", a="aa", b="b"), part(tmp_path / "1", c="ccc")
     files = {**list_files(first), **list_files(second)}
     write_manifest(first, {"kind": "checkpoint", "step": 3}, files)
-    target = tmp_path / "run" / "checkpoint-000003-0000abcd"
+    storage, name = SharedFolder(tmp_path / "run"), "checkpoint-000003-0000abcd"
+    target = tmp_path / "run" / name
     background = Background()
 
     def upload() -> None:
-        move_part(first, target)
-        complete(first, target)
+        storage.put_part(first, name)
+        storage.complete(first, name)
 
     background.start(upload)
     time.sleep(0.3)
@@ -329,7 +329,7 @@ def test_a_checkpoint_is_complete_only_with_the_parts_of_all_ranks(tmp_path: Pat
     (target / "engine" / "c").write_text("c")  # cut off
     time.sleep(0.3)
     assert complete_checkpoints(tmp_path / "run") == []
-    move_part(second, target)
+    storage.put_part(second, name)
     background.wait()
     assert complete_checkpoints(tmp_path / "run") == [target]
 
@@ -358,11 +358,10 @@ def test_uploads_go_one_by_one_and_their_errors_reach_the_caller() -> None:
 
 HOLDS = """
     import sys, time
-    from raywards import RewardConfig
-    from raywards.config import RunPaths
-    from raywards.train.runfolder import hold
+    from pathlib import Path
+    from raywards.train.storage import hold_folder
 
-    with hold(RunPaths.of(RewardConfig(output_dir=sys.argv[1]))):
+    with hold_folder(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(600)
 """
@@ -388,37 +387,39 @@ def test_a_folder_in_use_is_refused_until_its_holder_is_dead(model: Path, tmp_pa
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.communicate()
-    with hold(second.paths):
+    with hold_folder(folder):
         pass
     assert second.train().global_step == 4
 
 
-def test_a_folder_is_free_again_after_an_error_and_swept(model: Path, tmp_path: Path) -> None:
-    paths = trainer(model, tmp_path / "run").paths
-    cut_off = paths.run / "checkpoint-000004-0123abcd"
+def test_a_folder_is_free_again_after_an_error_and_swept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(model, tmp_path / "run")
+    cut_off = one.paths.run / "checkpoint-000004-0123abcd"
     cut_off.mkdir(parents=True)
 
-    def train_into_it() -> None:
-        with hold(paths):
-            assert not cut_off.exists()
-            with pytest.raises(ConfigError, match=str(os.getpid())), hold(paths):
-                pass
-            cut_off.mkdir()
-            raise ZeroDivisionError
+    def train_into_it(*_: Any) -> None:
+        assert not cut_off.exists()
+        with pytest.raises(ConfigError, match=str(os.getpid())), one.storage.hold():
+            pass
+        cut_off.mkdir()
+        raise ZeroDivisionError
 
+    monkeypatch.setattr(one, "_train", train_into_it)
     with pytest.raises(ZeroDivisionError):
-        train_into_it()
+        one.train()
     assert not cut_off.exists()
-    with hold(paths):
+    with one.storage.hold():
         pass
 
 
 def test_a_file_system_without_locks_is_warned_of(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", no_locks)
-    with hold(trainer(model, tmp_path / "run").paths):
+    with hold_folder(tmp_path / "run"):
         assert "has no locks (No locks available)" in caplog.text

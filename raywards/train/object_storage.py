@@ -74,6 +74,8 @@ class ObjectStorage:
         self._start = start or uuid.uuid4().hex[:8]
         try:
             self._files, path = fs.FileSystem.from_uri(storage_path)
+            if not path:
+                raise ValueError("it names no bucket")
         except (ArrowException, OSError, ValueError) as error:
             raise ConfigError(
                 f"storage_path: {_public(storage_path)} cannot be used: "
@@ -99,19 +101,23 @@ class ObjectStorage:
         run = f"{_public(self._storage_path)}/{self._name}"
         return f"{run}/{name}" if name else run
 
+    def check(self) -> None:
+        bucket = self._run.partition("/")[0]
+        try:
+            if self._files.get_file_info(bucket).type == fs.FileType.NotFound:
+                raise OSError(f"there is no {bucket!r}")
+        except OSError as error:
+            raise ConfigError(
+                f"storage_path: {self.where()} cannot be reached from here: "
+                f"{str(error).splitlines()[0]}. Check the address, the network and the credentials."
+            ) from None
+
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """By an object with a mark that changes every few seconds while this process lives.
 
         One that was left by a killed process is seen through after a few of these seconds.
         """
-        try:
-            self.read(LOCK)
-        except OSError as error:
-            raise ConfigError(
-                f"storage_path: {self.where()} cannot be reached from here: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
         with hold_folder(self.local), _Hold(self):
             yield
 

@@ -51,6 +51,9 @@ class Storage(Protocol):
     def on_worker(self) -> Storage:
         """The same storage for a worker, which may be on another node."""
 
+    def check(self) -> None:
+        """Raise `ConfigError` where the storage cannot be reached."""
+
     def hold(self) -> contextlib.AbstractContextManager[None]:
         """Keep the run folder to this process; `ConfigError` where another trains into it."""
 
@@ -145,6 +148,9 @@ class SharedFolder:
 
     def on_worker(self) -> SharedFolder:
         return self
+
+    def check(self) -> None:
+        """`hold` makes the folder, or says why it cannot."""
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -237,6 +237,7 @@ class RewardTrainer(FinishedRun):
         if self.args.use_cpu and self.args.use_gpu:
             raise ConfigError("use_gpu=True and use_cpu=True contradict each other.")
         check_objective(self.args)
+        self.storage.check()
         explicit = self._resume_point(resume_from_checkpoint)
         settings = self._fixed_settings(explicit)
         # What a worker would refuse is refused here, before anything is written or started.

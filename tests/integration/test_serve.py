@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from ports import free_port
 from tiny import tiny_qwen2
 
 from raywards.client import AsyncRewardClient, RewardClient
@@ -46,15 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> Scorer:
     return Scorer.from_pretrained(folder)
-
-
-def free_port() -> int:
-    """Outside of the range from which Ray takes ports for its workers."""
-    for port in range(21_000 + os.getpid() % 5_000, 30_000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError("no free port")
 
 
 @pytest.fixture(scope="module")
