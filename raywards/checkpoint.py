@@ -98,18 +98,18 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     def size_of(name: str) -> int | None:
         return (folder / name).stat().st_size if (folder / name).is_file() else None
 
-    return check_manifest(str(folder), path.read_text(encoding="utf-8"), size_of, kind=kind)
+    return check_manifest(str(folder), path.read_bytes(), size_of, kind=kind)
 
 
 def check_manifest(
-    where: str, text: str, size_of: Callable[[str], int | None], *, kind: str
+    where: str, content: bytes, size_of: Callable[[str], int | None], *, kind: str
 ) -> dict[str, Any]:
-    """The manifest with this `text`, of a folder whose files have these sizes (None: no such file).
+    """The manifest with this `content`, of a folder whose files have these sizes (None: no file).
 
     Raises as `read_manifest` does.
     """
     try:
-        manifest: dict[str, Any] = json.loads(text)
+        manifest: dict[str, Any] = json.loads(content)
         wrote, found_kind, files = manifest["format"], manifest["kind"], manifest["files"]
         sizes = {str(name): int(size) for name, size in files.items()}
         newer = wrote > FORMAT

@@ -17,11 +17,11 @@ import pytest
 from ports import free_port
 from pyarrow import fs
 
-BUCKET = "bucket"
+BUCKET, KEY, SECRET = "bucket", "key", "very-secret"
 # pyarrow asks for the region of Amazon's own buckets where none is named.
 _ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "key",
-    "AWS_SECRET_ACCESS_KEY": "very-secret",
+    "AWS_ACCESS_KEY_ID": KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET,
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
@@ -36,9 +36,9 @@ class ObjectStore:
 
     @property
     def address(self) -> str:
-        """A `storage_path` in it."""
+        """A `storage_path` in it, with its keys: Ray's workers may have another environment."""
         query = f"scheme=http&endpoint_override=127.0.0.1:{self.port}&region=us-east-1"
-        return f"s3://{BUCKET}/rewards?{query}"
+        return f"s3://{KEY}:{SECRET}@{BUCKET}/rewards?{query}"
 
     def files(self) -> dict[str, int]:
         """Every object below `address`, as name to size."""

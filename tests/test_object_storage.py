@@ -113,7 +113,7 @@ def test_a_text_is_read_as_it_was_written(storage: Storage) -> None:
     assert storage.read("run.json") is None
     storage.write("run.json", '{"a": "ä"}\n')
     storage.write("run.json", '{"b": "ß"}\n')
-    assert storage.read("run.json") == '{"b": "ß"}\n'
+    assert storage.read("run.json") == '{"b": "ß"}\n'.encode()
 
 
 def test_checkpoints_are_listed_opened_kept_and_removed(storage: Storage, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_passed_over(
     storage: Storage, tmp_path: Path
 ) -> None:
     name = checkpoint(storage, tmp_path / "parts", 1)
-    manifest = json.loads(storage.read(f"{name}/raywards.json") or "")
+    manifest = json.loads(storage.read(f"{name}/raywards.json") or b"")
     storage.write(f"{name}/raywards.json", json.dumps({**manifest, "format": 99}))
     with pytest.raises(CheckpointError, match="Update raywards"):
         storage.checkpoints()
@@ -236,7 +236,7 @@ def test_a_storage_that_cannot_be_reached_is_told_of_before_anything_is_done(
     missing: str, store: ObjectStore, model: Path, tmp_path: Path
 ) -> None:
     wrong = {
-        "bucket": store.address.replace("s3://bucket", "s3://another"),
+        "bucket": store.address.replace("@bucket", "@another"),
         "server": store.address.replace(f":{store.port}", ":1"),
     }[missing]
     one = trainer(model, tmp_path / "out", storage_path=wrong)

@@ -165,14 +165,14 @@ class ObjectStorage:
     def leave(self) -> None:
         shutil.rmtree(self.local, ignore_errors=True)
 
-    def read(self, name: str) -> str | None:
+    def read(self, name: str) -> bytes | None:
         with _doing("read", self.where(name)):
             try:
                 with self._files.open_input_stream(f"{self._run}/{name}") as stream:
                     content: bytes = stream.read()
             except FileNotFoundError:
                 return None
-        return content.decode()
+        return content
 
     def write(self, name: str, text: str) -> None:
         with (
@@ -222,10 +222,10 @@ class ObjectStorage:
                     self._files.delete_dir(f"{self._run}/{name}")
 
     def _manifest(self, name: str, sizes: dict[str, int]) -> dict[str, Any]:
-        text = self.read(f"{name}/{MANIFEST}")
-        if text is None:
+        content = self.read(f"{name}/{MANIFEST}")
+        if content is None:
             raise CheckpointError(f"{self.where(name)}: was removed meanwhile.")
-        return check_manifest(self.where(name), text, sizes.get, kind="checkpoint")
+        return check_manifest(self.where(name), content, sizes.get, kind="checkpoint")
 
     # ------------------------------------------------------------ one thing each
 
@@ -320,9 +320,9 @@ class _Hold:
         self._storage.write(LOCK, json.dumps(mark))
 
     def _read(self) -> dict[str, Any] | None:
-        text = self._storage.read(LOCK)
+        content = self._storage.read(LOCK)
         try:
-            mark: dict[str, Any] | None = json.loads(text) if text else None
+            mark: dict[str, Any] | None = json.loads(content) if content else None
         except ValueError:
             return None
         return mark

@@ -119,11 +119,11 @@ def refuse_folder_of_a_job(paths: RunPaths) -> None:
 
 def _settings_in_use(storage: Storage) -> dict[str, Any] | None:
     """The fixed settings in `run.json`, where there are checkpoints that they hold for."""
-    text = storage.read(_FILE)
-    if text is None or not storage.checkpoints():
+    content = storage.read(_FILE)
+    if content is None or not storage.checkpoints():
         return None
     try:
-        settings: dict[str, Any] = json.loads(text)["settings"]
+        settings: dict[str, Any] = json.loads(content)["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{storage.where(_FILE)}: is damaged ({error!r}), so it cannot be told whether the "

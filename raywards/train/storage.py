@@ -76,8 +76,8 @@ class Storage(Protocol):
     def leave(self) -> None:
         """Remove all of this machine's copy. For a worker, at the end of its run."""
 
-    def read(self, name: str) -> str | None:
-        """The text of a file, or None where there is none."""
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, or None where there is none."""
 
     def write(self, name: str, text: str) -> None:
         """Write a file, at once or not at all."""
@@ -173,9 +173,9 @@ class SharedFolder:
     def leave(self) -> None:
         """There is no copy."""
 
-    def read(self, name: str) -> str | None:
+    def read(self, name: str) -> bytes | None:
         file = self.local / name
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        return file.read_bytes() if file.is_file() else None
 
     def write(self, name: str, text: str) -> None:
         file = self.local / name
