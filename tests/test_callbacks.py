@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -26,6 +27,8 @@ from raywards.checkpoint import complete_checkpoints, read_manifest
 from raywards.errors import ConfigError
 from raywards.train import callbacks as module
 from raywards.train.callbacks import EVENTS
+from raywards.train.cluster import _Mailbox
+from raywards.train.runlog import RunLog, read_history
 
 pytestmark = pytest.mark.trains
 
@@ -149,6 +152,9 @@ def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Pa
     [checkpoint] = complete_checkpoints(stopped.paths.run)
     assert read_manifest(checkpoint, kind="checkpoint")["step"] == 5
 
+    [stops] = [c for c in stopped.callback_handler.callbacks if isinstance(c, StopAt)]
+    stops.step = 7
+    assert stopped.train().global_step == 7, "what ended the last call ended this one"
     continued = trainer(model, tmp_path / "run", **quiet)
     assert continued.train().global_step == STEPS
     assert [record["step"] for record in records(continued)] == list(range(1, STEPS + 1))
@@ -156,6 +162,41 @@ def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Pa
     whole.train()
     left, right = (load_file(run.paths.export / "model.safetensors") for run in (continued, whole))
     assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_a_log_whose_start_could_not_be_kept_keeps_what_comes_after(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(model, tmp_path / "run", [])
+    (tmp_path / "run").mkdir()
+    log = RunLog(one.paths.metrics, one.callback_handler, one.storage, show_progress=True)
+    start = {"step": 0, "total": 9, "history": [], "steps_per_epoch": 3}
+    with monkeypatch.context() as full:
+        full.setattr("os.replace", raises_no_space)
+        with pytest.raises(OSError, match="No space left"):
+            log.keep("start", start)
+    for step in (1, 2):
+        log.keep("log", {"step": step, "loss": 0.5})
+    log.keep("finish", {"step": 9})
+    log.close()
+    assert log.finished == {"step": 9}
+    assert [record["step"] for record in read_history(one.paths.metrics)] == [1, 2]
+
+
+def raises_no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_message_is_there_until_it_has_arrived() -> None:
+    box = _Mailbox()
+    for step in range(3):
+        box.put("log", {"step": step})
+    assert len(box.take(0)) == 3
+    assert len(box.take(0)) == 3, "the reply was lost, and with it the messages"
+    box.put("finish", {})
+    assert box.take(3) == [("finish", {})]
+    assert box.take(3) == [("finish", {})]
+    assert box.take(4) == []
 
 
 class Fails(TrainerCallback):

@@ -338,6 +338,20 @@ def test_a_run_is_the_one_on_a_disk_and_its_export_is_in_storage(
     assert any(name.startswith("rm/tensorboard/events") for name in files)
 
 
+def test_pairs_that_are_gone_from_storage_are_put_there_again(
+    store: ObjectStore, model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run(model, tmp_path / "rm", store, max_steps=2)
+    prepared = {name: size for name, size in store.files().items() if "/prepared/" in name}
+    assert len(prepared) == 3
+    for name in list(prepared)[:2]:
+        store.delete(name)
+    run(model, tmp_path / "rm", store, max_steps=2)
+    assert "prepared already" in caplog.text
+    assert prepared.items() <= store.files().items()
+
+
 DRIVER = """
     import sys, time
     import datasets

@@ -481,12 +481,16 @@ def test_an_older_checkpoint_does_not_pass_for_the_newest(model: Path, tmp_path:
     oldest = complete_checkpoints(tmp_path / "run")[0]
     with pytest.raises(CheckpointError, match="has a newer checkpoint"):
         first.train(resume_from_checkpoint=str(oldest))
+    with pytest.raises(ConfigError, match=r"=False: .*goes on from the newest"):
+        first.train(resume_from_checkpoint=False)
+    with pytest.raises(ConfigError, match="=3: expected the folder of a checkpoint"):
+        first.train(resume_from_checkpoint=3)  # type: ignore[arg-type]
     elsewhere = RewardTrainer(
         str(model),
         RewardConfig(**settings(tmp_path / "again", **changes)),
         train_dataset=datasets.Dataset.from_list(ROWS),
     )
-    elsewhere.train(resume_from_checkpoint=str(oldest))
+    elsewhere.train(resume_from_checkpoint=oldest)
     assert losses(elsewhere) == losses(first), "the log of a lineage begins with its first step"
     assert same_weights(tmp_path / "run", tmp_path / "again") == 0.0
 

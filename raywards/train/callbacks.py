@@ -109,6 +109,7 @@ class Callbacks(CallbackHandler):  # type: ignore[misc]
     def new_run(self) -> None:
         """`train()` was called: the next "start" is that of a run, and not of another attempt."""
         self._begun = False
+        self.control = TrainerControl()  # what ended the last run does not end this one
 
     def take(self, kind: str, record: dict[str, Any], history: list[dict[str, Any]]) -> None:
         """One message of rank 0, as events. What a callback raises is passed on."""

@@ -183,15 +183,18 @@ class _Mailbox:
 
     def __init__(self) -> None:
         self._messages: list[tuple[str, dict[str, Any]]] = []
+        self._dropped = 0
         self._failed = self._stop = False
 
     def put(self, kind: str, record: dict[str, Any]) -> None:
         self._failed = self._failed or kind == "error"
         self._messages.append((kind, record))
 
-    def take(self) -> list[tuple[str, dict[str, Any]]]:
-        messages, self._messages = self._messages, []
-        return messages
+    def take(self, seen: int) -> list[tuple[str, dict[str, Any]]]:
+        """All messages but the first `seen`, which have arrived and are dropped."""
+        del self._messages[: seen - self._dropped]
+        self._dropped = seen
+        return self._messages
 
     def failed(self) -> bool:
         """Whether a worker or the driver has met an error that starting again cannot mend."""
@@ -213,6 +216,7 @@ class _Reader:
         self.error: Exception | None = None
         self._ray, self._mailbox, self._log = ray, mailbox, log
         self._told_to_stop = False
+        self._seen = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name="raywards-log", daemon=True)
         self._thread.start()
@@ -225,15 +229,19 @@ class _Reader:
     def _read(self) -> None:
         while not self._closed.wait(0.25):
             self._fetch()
-        self._fetch()  # here too: trackers keep their run by thread
+        for _ in range(3):  # here too: trackers keep their run by thread
+            if self._fetch():
+                break
 
-    def _fetch(self) -> None:
+    def _fetch(self) -> bool:
+        """Take over what has come since the last time; False where the mailbox did not answer."""
         try:
-            messages = self._ray.get(self._mailbox.take.remote(), timeout=30)
+            messages = self._ray.get(self._mailbox.take.remote(self._seen), timeout=30)
         except self._ray.exceptions.RayError as error:
-            # Records are lost then, not training: the workers and checkpoints do not need us.
+            # Later, or never: the workers and checkpoints do not need us.
             logger.warning("the run's log could not be read: %s", error)
-            return
+            return False
+        self._seen += len(messages)
         for kind, record in messages:
             if kind == "error":
                 self.error = self.error or record["error"]
@@ -243,6 +251,7 @@ class _Reader:
             except OSError as error:  # a full disk must not end the thread, nor the run
                 logger.warning("a %s record could not be kept: %s", kind, error)
             self._tell_callbacks(kind, record)
+        return True
 
     def _tell_callbacks(self, kind: str, record: dict[str, Any]) -> None:
         """A callback that raises ends the run, as it does where there are no workers."""

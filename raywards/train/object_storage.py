@@ -141,6 +141,10 @@ class ObjectStorage:
         if (here / MANIFEST).is_file():
             self._upload(here / MANIFEST, f"{name}/{MANIFEST}")
 
+    def push_missing(self, name: str) -> None:
+        if not _has(self.local / name, self._sizes(name)):
+            self.push(name)
+
     def pull(self, name: str, *, again: bool = False) -> None:
         target = self.local / name
         self.local.mkdir(parents=True, exist_ok=True)

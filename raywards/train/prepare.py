@@ -130,9 +130,12 @@ def prepare(
         ]
         fingerprint = _fingerprint(row_sets, rendering, settings)
         folder = parent / f"{name}-{fingerprint[:16]}"
-        storage.pull(f"{PREPARED}/{folder.name}")
+        in_run = f"{PREPARED}/{folder.name}"
+        if _find(folder) is None:
+            storage.pull(in_run)
         prepared = _find(folder)
         if prepared is not None:
+            storage.push_missing(in_run)
             logger.info("%s: %d pairs are prepared already in %s", name, prepared.num_pairs, folder)
             return prepared
         many = sum(map(len, row_sets)) > _ROWS_PER_SHARD
@@ -148,7 +151,7 @@ def prepare(
         about = {"format": _FORMAT, "fingerprint": fingerprint, **total}
         (partial / "prepared.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         prepared = _put(partial, folder)
-        storage.push(f"{PREPARED}/{folder.name}")
+        storage.push(in_run)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     _tell(name, prepared)

@@ -41,6 +41,7 @@ class RunLog:
         self._bar: Any = None
         self._board: Any = None
         self._started = time.monotonic()
+        self._total = 0
 
     def take(self, kind: str, record: dict[str, Any]) -> None:
         """Keep one message from rank 0 and tell the callbacks."""
@@ -95,6 +96,7 @@ class RunLog:
         """An attempt begins at `step`: its `history` is the lineage, and what was logged beyond it
         belongs to lost work."""
         self.first_step, total = record["step"], record["total"]
+        self._total = total
         lost = [entry for entry in self.history if entry["step"] > self.first_step]
         self.history = list(record["history"])
         self._rewrite()
@@ -107,12 +109,13 @@ class RunLog:
             if self._bar is not None:
                 self._bar.close()
             self._bar = tqdm(total=total, initial=self.first_step, unit="step", dynamic_ncols=True)
-        self._total = total
 
     def _log(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is None:  # there was no room for it when the run started
+            self._open_board()
         for name, value in record.items():
             if name != "step":
                 self._board.add_scalar(_tag(name), value, record["step"])

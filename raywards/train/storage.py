@@ -66,6 +66,9 @@ class Storage(Protocol):
         Of a folder, all that it holds or `only` these files. One with a manifest replaces what is
         there."""
 
+    def push_missing(self, name: str) -> None:
+        """`push` a folder that never changes, unless it is in storage already."""
+
     def pull(self, name: str, *, again: bool = False) -> None:
         """Bring the folder or file `name` to `local`, if it is in storage; what is there already
         stays, unless it is to be brought `again`."""
@@ -162,6 +165,9 @@ class SharedFolder:
         return str(self.local / name)
 
     def push(self, name: str, only: Iterable[str] | None = None) -> None:
+        """It is there."""
+
+    def push_missing(self, name: str) -> None:
         """It is there."""
 
     def pull(self, name: str, *, again: bool = False) -> None:

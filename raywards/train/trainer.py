@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -214,7 +215,9 @@ class RewardTrainer(FinishedRun):
 
     # ------------------------------------------------------------ public
 
-    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None
+    ) -> TrainOutput:
         """Train, or go on training, and write the export.
 
         Args:
@@ -481,8 +484,15 @@ class RewardTrainer(FinishedRun):
             tuple(self.args.attributes or ()),
         )
 
-    def _resume_point(self, asked: str | bool | None) -> Path | None:
+    def _resume_point(self, asked: str | os.PathLike[str] | bool | None) -> Path | None:
         asked = asked if asked is not None else self.args.resume_from_checkpoint
+        if isinstance(asked, os.PathLike):
+            asked = os.fspath(asked)
+        if not isinstance(asked, str | bool | None):
+            raise ConfigError(
+                f"resume_from_checkpoint={asked!r}: expected the folder of a checkpoint, or True "
+                "to demand that there is one to go on from."
+            )
         newest = newest_checkpoint(self.storage)
         if isinstance(asked, str):
             if is_address(asked):
@@ -499,6 +509,12 @@ class RewardTrainer(FinishedRun):
                     "starts from the older one another output_dir."
                 )
             return folder
+        if asked is False and newest is not None:
+            raise ConfigError(
+                f"resume_from_checkpoint=False: {self.storage.where()} holds checkpoints, and a "
+                "run goes on from the newest. To begin anew, give it another output_dir or run_name, "
+                "or remove them."
+            )
         if asked is True and newest is None:
             raise CheckpointError(
                 "resume_from_checkpoint=True: there is no complete checkpoint in "

@@ -82,13 +82,13 @@ def test_two_workers_then_one_on_another_machine_end_in_the_weights_of_a_disk(
     store: ObjectStore, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = trainer(
-        model, tmp_path / "disk", num_workers=0, deepspeed=0, per_device_train_batch_size=8
+        model, tmp_path / "disk" / "rm", num_workers=0, deepspeed=0, per_device_train_batch_size=8
     )
     one.train()
     assert losses(one)[0] - losses(one)[-1] > 0.1, "nothing was learned: proves nothing"
 
     monkeypatch.setattr(prepare, "_ROWS_PER_SHARD", 10)
-    first = trainer(model, tmp_path / "first", storage_path=store.address, ends=True)
+    first = trainer(model, tmp_path / "first" / "rm", storage_path=store.address, ends=True)
     with pytest.raises(ZeroDivisionError):
         first.train()
     prepared = [name for name in store.files() if "/prepared/" in name and "pairs-" in name]
@@ -98,7 +98,7 @@ def test_two_workers_then_one_on_another_machine_end_in_the_weights_of_a_disk(
     assert not list(first.paths.run.glob("checkpoint-*"))
 
     # Resharded from two workers to one; the global batch is that of the first start.
-    again = trainer(model, tmp_path / "again", storage_path=store.address, num_workers=1)
+    again = trainer(model, tmp_path / "again" / "rm", storage_path=store.address, num_workers=1)
     again.train()
     assert losses(again) == pytest.approx(losses(one), abs=1e-5)
     left, right = (load_file(run.paths.export / "model.safetensors") for run in (again, one))
