@@ -67,12 +67,12 @@ def peft_model(folder: Path, config: LoraConfig) -> PeftModel:
     ("kind", "stage"),
     [
         ("lora", 0),
-        ("dora", 3),
         *(
             pytest.param(kind, stage, marks=pytest.mark.slow)
             for kind, stage in (
                 ("lora", 3),
                 ("dora", 0),
+                ("dora", 3),
                 ("rslora", 0),
                 ("rslora", 3),
                 ("lora with biases", 0),
@@ -273,7 +273,7 @@ def test_two_workers_train_adapters_as_one_process_does(
 
 
 STAGES = [
-    pytest.param(stage, bf16, marks=() if (stage, bf16) in ((0, False), (3, True)) else
+    pytest.param(stage, bf16, marks=() if (stage, bf16) == (3, True) else
                  pytest.mark.slow)
     for stage in range(4) for bf16 in (False, True)
 ]  # fmt: skip
@@ -326,6 +326,7 @@ def test_a_run_with_another_rank_is_another_run(model: Path, tmp_path: Path) -> 
 # ---------------------------------------------------------------- dropout, checkpointing, types
 
 
+@pytest.mark.slow
 def test_the_dropout_of_lora_stays_where_disable_dropout_is_on(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,6 +350,7 @@ def test_the_dropout_of_lora_stays_where_disable_dropout_is_on(
     assert runs.off_by_plain_peft(model, tmp_path / "with") <= runs.bound(tmp_path / "with")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_recomputed_activations_train_adapters_the_same(
     model: Path, tmp_path: Path, reentrant: bool

@@ -338,9 +338,9 @@ def test_the_result_tells_of_what_was_exported(model: Path, undisturbed: RewardT
 @pytest.mark.parametrize(
     ("stage", "bf16"),
     [
-        (1, False),
-        (2, True),
         (3, False),
+        pytest.param(1, False, marks=pytest.mark.slow),
+        pytest.param(2, True, marks=pytest.mark.slow),
         pytest.param(1, True, marks=pytest.mark.slow),
         pytest.param(2, False, marks=pytest.mark.slow),
         pytest.param(3, True, marks=pytest.mark.slow),
@@ -383,10 +383,15 @@ def test_a_run_that_gets_no_better_stops_saves_and_exports(
             "evaluate",
             6,
         ),  # evaluated, not yet saved: goes back to 5, the best, which was no save step
-        ("save", BEST),  # saved as the best
-        ("save", 6),
-        ("save", 8),  # given up, not yet exported
-        ("load_best", 8),
+        *(
+            pytest.param(*place, marks=pytest.mark.slow)
+            for place in (
+                ("save", BEST),  # saved as the best
+                ("save", 6),
+                ("save", 8),  # given up, not yet exported
+                ("load_best", 8),
+            )
+        ),
     ],
 )
 def test_a_run_that_was_killed_stops_and_exports_as_if_it_were_not(

@@ -176,7 +176,9 @@ def pair_rows_as_rankings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("objective", ["plackett_luce", "all_pairs"])
+@pytest.mark.parametrize(
+    "objective", ["plackett_luce", pytest.param("all_pairs", marks=pytest.mark.slow)]
+)
 def test_rankings_of_two_and_pairs_among_them_train_as_bradley_terry_does(
     objective: str, model: Path, tmp_path: Path
 ) -> None:
@@ -194,6 +196,7 @@ def test_rankings_of_two_and_pairs_among_them_train_as_bradley_terry_does(
     assert same_weights(tmp_path / "pairs", tmp_path / "rankings") < 1e-5
 
 
+@pytest.mark.slow
 def test_pairs_among_rankings_keep_margin_and_probability(model: Path, tmp_path: Path) -> None:
     rows = [{**row, "margin": 0.1 * i, "probability": 0.9 - 0.01 * i} for i, row in enumerate(ROWS)]
     pairs = run(model, tmp_path / "pairs", rows, num_train_epochs=1)
@@ -217,10 +220,15 @@ EQUIVALENT: dict[str, dict[str, Any]] = {
     [
         ("plackett_luce", "padded"),
         ("attributes", "padded"),
-        ("all_pairs", "groups alone"),
-        ("attributes", "groups alone"),
         ("plackett_luce", "accumulation"),
-        ("attributes", "ZeRO-3"),
+        *(
+            pytest.param(case, how, marks=pytest.mark.slow)
+            for case, how in (
+                ("all_pairs", "groups alone"),
+                ("attributes", "groups alone"),
+                ("attributes", "ZeRO-3"),
+            )
+        ),
     ],
 )
 def test_how_groups_are_computed_does_not_change_their_losses(
@@ -352,7 +360,9 @@ def test_new_heads_are_drawn_from_the_seed_also_on_a_trained_model(tmp_path: Pat
 # ---------------------------------------------------------------- resumed, refused
 
 
-@pytest.mark.parametrize("case", ["plackett_luce", "attributes"])
+@pytest.mark.parametrize(
+    "case", [pytest.param("plackett_luce", marks=pytest.mark.slow), "attributes"]
+)
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
     case: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -512,8 +512,8 @@ class RewardTrainer(FinishedRun):
         if asked is False and newest is not None:
             raise ConfigError(
                 f"resume_from_checkpoint=False: {self.storage.where()} holds checkpoints, and a "
-                "run goes on from the newest. To begin anew, give it another output_dir or run_name, "
-                "or remove them."
+                "run goes on from the newest. To begin anew, give it another output_dir or "
+                "run_name, or remove them."
             )
         if asked is True and newest is None:
             raise CheckpointError(

@@ -38,11 +38,13 @@ KINDS: list[Any] = [
     pytest.param(
         lambda: datasets.DatasetDict(data1=table(HELD_OUT), data2=table(HELD_OUT[:4])),
         id="DatasetDict",
+        marks=pytest.mark.slow,
     ),
     pytest.param(lambda: stream(HELD_OUT), id="IterableDataset"),
     pytest.param(
         lambda: {"data1": stream(HELD_OUT), "data2": stream(HELD_OUT[:4])},
         id="dict of streams",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
         lambda: datasets.IterableDatasetDict(data1=stream(HELD_OUT), data2=stream(HELD_OUT[:4])),

@@ -127,6 +127,7 @@ def test_a_peft_model_is_trained_as_trl_trains_it(model: Path, tmp_path: Path) -
     assert by_config.losses() == both.losses()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=str)
 def test_adapters_are_trained_with_recomputed_activations_as_in_trl(
     reentrant: bool | None, model: Path, tmp_path: Path

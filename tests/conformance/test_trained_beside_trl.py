@@ -64,6 +64,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_of_each_family_is_trained_as_trl_trains_it(family: str, tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / family, family, **FAMILIES[family])
@@ -377,6 +378,7 @@ def test_a_template_of_another_model_brings_its_tokens_as_in_trl(
         assert trainer.model.config.eos_token_id == exported.eos_token_id
 
 
+@pytest.mark.slow
 def test_a_template_of_another_model_trains_a_gpt_neox_without_one(
     model: Path, tmp_path: Path
 ) -> None:
@@ -392,6 +394,7 @@ def test_a_template_of_another_model_trains_a_gpt_neox_without_one(
     assert [weights[name].shape[0] for weights in both.weights] == [384, 500]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True], ids=["the model's", "a given tokenizer"])
 def test_another_closing_token_closes_text_as_in_trl(
     given: bool, model: Path, tmp_path: Path
@@ -441,9 +444,13 @@ SAME: dict[str, tuple[dict[str, Any], int]] = {
     "no clipping": ({"max_grad_norm": 0.0, "warmup_steps": 0.5}, 6),
     "centering": ({"center_rewards_coefficient": 0.1}, 6),
 }  # fmt: skip
+USUAL = ("half epochs", "optimizer", "centering")
 
 
-@pytest.mark.parametrize("case", SAME)
+@pytest.mark.parametrize(
+    "case",
+    [case if case in USUAL else pytest.param(case, marks=pytest.mark.slow) for case in SAME],
+)
 def test_a_setting_means_what_it_means_in_trl(case: str, model: Path, tmp_path: Path) -> None:
     settings, steps = SAME[case]
     assert_same_run(train_both(model, tmp_path, **settings), steps=steps)
@@ -487,6 +494,7 @@ def test_full_accumulations_make_the_steps_of_trl(model: Path, tmp_path: Path) -
     assert_same_run(both, but=("min_reward", "max_reward"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=str)
 def test_activations_are_recomputed_as_in_trl(
     reentrant: bool | None, model: Path, tmp_path: Path

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from raywards import RewardConfig, RewardTrainer
 from raywards.checkpoint import complete_checkpoints, read_manifest
 
-pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
 STEPS = 400
 

@@ -269,7 +269,9 @@ def test_a_taken_port_is_one_error_that_names_it(folder: Path) -> None:
     assert "\nTraceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_deployment_that_waits_for_a_gpu_can_be_interrupted(folder: Path, number: int) -> None:
     port = str(free_port())
     with command("--model", str(folder), "--port", port, "--num_gpus", "1") as process:

@@ -214,6 +214,7 @@ def test_every_stage_trains_the_same_model(
     Scorer.from_pretrained(run.paths.export).verify()
 
 
+@pytest.mark.slow
 def test_zero_3_partitions_trains_and_exports_the_same_model(
     model: Path, tmp_path: Path, reference: RewardTrainer
 ) -> None:
@@ -292,6 +293,7 @@ def test_a_vocabulary_grows_alike_on_every_rank(model: Path, tmp_path: Path) -> 
     assert weights_of(two)["model.embed_tokens.weight"].shape[0] % 64 == 0
 
 
+@pytest.mark.slow
 def test_an_error_that_a_restart_cannot_mend_reaches_the_driver_as_itself(
     model: Path, tmp_path: Path
 ) -> None:
