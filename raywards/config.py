@@ -383,6 +383,11 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
+def without_keys(address: str) -> str:
+    """An address without what may be secret in it: user, password and query."""
+    return re.sub(r"(?<=://)[^/@]*@", "", address.partition("?")[0]).rstrip("/")
+
+
 def worker_range(config: RewardConfig) -> tuple[int, int]:
     """The fewest and the most workers; (0, 0) is this process alone."""
     given = config.num_workers
@@ -710,9 +715,11 @@ def freeze(config: RewardConfig) -> None:
 
 
 def as_dict(config: RewardConfig) -> dict[str, Any]:
-    """The settings as plain values, without the hub token: for files and worker processes."""
+    """The settings as plain values, without tokens and keys: for files and trackers."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     values.pop("hub_token")
+    if config.storage_path is not None and is_address(config.storage_path):
+        values["storage_path"] = without_keys(config.storage_path)
     loading = values["model_init_kwargs"] or {}
     if "token" in loading:
         values["model_init_kwargs"] = {k: v for k, v in loading.items() if k != "token"}

@@ -326,6 +326,7 @@ def test_a_run_is_the_one_on_a_disk_and_its_export_is_in_storage(
     }
     assert "rm/run.lock" not in files
     assert "very-secret" not in caplog.text
+    assert all(b"very-secret" not in store.read(name) for name in files)
     assert not list(one.paths.run.glob("checkpoint-*"))
 
     elsewhere = ObjectStorage(store.address, "rm", tmp_path / "elsewhere")

@@ -16,7 +16,6 @@ import functools
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 import time
@@ -29,7 +28,7 @@ from typing import Any
 from pyarrow import ArrowException, fs
 
 from raywards.checkpoint import MANIFEST, check_manifest, list_files, sort_complete
-from raywards.config import RewardConfig, RunPaths, is_address
+from raywards.config import RewardConfig, RunPaths, is_address, without_keys
 from raywards.errors import CheckpointError, ConfigError
 from raywards.train.storage import (
     LOCK,
@@ -78,7 +77,7 @@ class ObjectStorage:
                 raise ValueError("it names no bucket")
         except (ArrowException, OSError, ValueError) as error:
             raise ConfigError(
-                f"storage_path: {_public(storage_path)} cannot be used: "
+                f"storage_path: {without_keys(storage_path)} cannot be used: "
                 f"{str(error).splitlines()[0]}. Give a folder that every node sees, or an address "
                 "such as s3://bucket/rewards or gs://bucket/rewards."
             ) from None
@@ -98,7 +97,7 @@ class ObjectStorage:
         return ObjectStorage, (self._storage_path, self._name, self.local, self._start)
 
     def where(self, name: str = "") -> str:
-        run = f"{_public(self._storage_path)}/{self._name}"
+        run = f"{without_keys(self._storage_path)}/{self._name}"
         return f"{run}/{name}" if name else run
 
     def check(self) -> None:
@@ -314,6 +313,10 @@ class _Hold:
     def _keep(self) -> None:
         while not self._done.wait(_BEAT_S):
             try:
+                found = self._read()
+                if found is not None and found["by"] != self._own:  # after an outage of our own
+                    logger.error("%s", held_by_another(self._storage.where(), found["holder"]))
+                    return
                 self._beat()
             except OSError as error:
                 logger.warning("%s", error)
@@ -349,8 +352,3 @@ def _has(target: Path, sizes: dict[str, int]) -> bool:
     if (target / MANIFEST).is_file():
         there[MANIFEST] = (target / MANIFEST).stat().st_size
     return there == sizes
-
-
-def _public(address: str) -> str:
-    """An address without the keys that may stand in it."""
-    return re.sub(r"(?<=://)[^/@]*@", "", address.partition("?")[0]).rstrip("/")
