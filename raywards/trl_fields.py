@@ -51,7 +51,7 @@ REFUSED: dict[str, Refused] = {
     "do_eval": Refused("Use `eval_strategy`.", (False,)),
     "do_predict": Refused("Use `Scorer`.", (False,)),
     "do_train": Refused("Call `train()`.", (False,)),
-    "enable_jit_checkpoint": Refused("Use `save_steps` and Ray's preemption notice.", (False,)),
+    "enable_jit_checkpoint": Refused("A lost node costs the steps since `save_steps`.", (False,)),
     "eval_accumulation_steps": Refused("Evaluation keeps sums, not predictions.", (None,)),
     "eval_delay": Refused("Use `eval_steps`.", (0,)),
     "eval_do_concat_batches": Refused("Evaluation keeps sums, not predictions.", (True,)),
