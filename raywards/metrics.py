@@ -102,7 +102,7 @@ class Metrics(ABC):
             "rewards": torch.ones_like(rewards).sum(),
             "tokens": losses.new_tensor(num_tokens),
         }
-        self._sums[: len(self.names)] += torch.stack([sums[name] for name in self.names])
+        self._sums[: len(self.names)].add_(torch.stack([sums[name] for name in self.names]))
         extremes = torch.stack([-rewards.min(), rewards.max()])
         self._extremes = torch.maximum(self._extremes, extremes)
         self._not_finite += (~torch.isfinite(losses)).sum()
@@ -112,7 +112,8 @@ class Metrics(ABC):
         if not self._sources:
             return
         numbers = [self._sources[name] for name in sources]
-        places = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        # Not made on the device at once, which would wait for what the device has in hand.
+        places = torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
         counted = torch.stack([values, torch.ones_like(values)], 1)
         self._table(self._sums)[self.by_source.index(figure)].index_add_(0, places, counted)
 
