@@ -2,13 +2,14 @@
 
 Names are TRL's. Values are those of the pairs since the last log, each pair counted once: TRL
 averages batch means, calls a tie a loss, and reports means of minima. Rankings are counted as the
-pairs in them, rated texts one by one.
+pairs in them, rated texts one by one. Of several sources, the same by source.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,17 +19,22 @@ from torch import Tensor
 class Metrics(ABC):
     """Named sums, and the extremes of the rewards; `compute` turns those of all ranks into values.
 
-    `names` are those of the sums.
+    `names` are those of the sums, `by_source` the figures that each of several sources has, too.
     """
 
     names: tuple[str, ...]
+    by_source: tuple[str, ...]
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, sources: Sequence[str] = ()) -> None:
         self.device = device
+        several = len(sources) > 1
+        self._sources = {name: place for place, name in enumerate(sources)} if several else {}
         self.reset()
 
     def reset(self) -> None:
-        self._sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        # Those of `names`; then of each figure and source a sum, and the number of its summands.
+        size = len(self.names) + 2 * len(self.by_source) * len(self._sources)
+        self._sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         # Kept as [-min, max], so that one maximum over the ranks serves both.
         self._extremes = torch.full((2,), -torch.inf, dtype=torch.float64, device=self.device)
         self._not_finite = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -51,17 +57,20 @@ class Metrics(ABC):
         return [sums.tolist(), extremes.tolist()]
 
     def restore(self, window: list[list[float]], rank: int) -> None:
-        """Take up the sums that `gather_on_first_rank` returned."""
+        """Take up the sums that `gather_on_first_rank` returned.
+
+        A window of an earlier version has none by source: these begin here.
+        """
         self.reset()
         if rank == 0:
             sums, extremes = window
-            self._sums = torch.tensor(sums, dtype=torch.float64, device=self.device)
+            self._sums[: len(sums)] = self._sums.new_tensor(sums)
             self._extremes = torch.tensor(extremes, dtype=torch.float64, device=self.device)
 
     def compute(self) -> dict[str, float]:
         """Values over the groups of every rank since `reset`. A collective: every rank calls it."""
         totals, extremes = self._over_ranks()
-        sums = dict(zip(self.names, totals.tolist(), strict=True))
+        sums = dict(zip(self.names, totals[: len(self.names)].tolist(), strict=True))
         if sums["groups"] == 0:
             return {"num_pairs": 0.0, "num_tokens": 0.0}
         negated_min, maximum = extremes.tolist()
@@ -73,6 +82,7 @@ class Metrics(ABC):
             "max_reward": maximum,
             "num_pairs": sums["groups"],
             "num_tokens": sums["tokens"],
+            **self._of_sources(totals),
         }
 
     @abstractmethod
@@ -92,10 +102,35 @@ class Metrics(ABC):
             "rewards": torch.ones_like(rewards).sum(),
             "tokens": losses.new_tensor(num_tokens),
         }
-        self._sums += torch.stack([sums[name] for name in self.names])
+        self._sums[: len(self.names)].add_(torch.stack([sums[name] for name in self.names]))
         extremes = torch.stack([-rewards.min(), rewards.max()])
         self._extremes = torch.maximum(self._extremes, extremes)
         self._not_finite += (~torch.isfinite(losses)).sum()
+
+    def _add_by_source(self, figure: str, values: Tensor, sources: Sequence[str]) -> None:
+        """Count what `figure` is the mean of, for the source of each: both are [N]."""
+        if not self._sources:
+            return
+        numbers = [self._sources[name] for name in sources]
+        # Not made on the device at once, which would wait for what the device has in hand.
+        places = torch.tensor(numbers, dtype=torch.int64).to(self.device, non_blocking=True)
+        counted = torch.stack([values, torch.ones_like(values)], 1)
+        self._table(self._sums)[self.by_source.index(figure)].index_add_(0, places, counted)
+
+    def _table(self, sums: Tensor) -> Tensor:
+        """The part by source, [figures, sources, 2]: a view."""
+        return sums[len(self.names) :].view(len(self.by_source), len(self._sources), 2)
+
+    def _of_sources(self, totals: Tensor) -> dict[str, float]:
+        """Figures of each of several sources; of one without pairs only that it has none."""
+        found: dict[str, float] = {}
+        for figure, rows in zip(self.by_source, self._table(totals).tolist(), strict=True):
+            for name, (value, count) in zip(self._sources, rows, strict=True):
+                if figure == "loss":
+                    found[f"num_pairs/{name}"] = count
+                if count:
+                    found[f"{figure}/{name}"] = value / count
+        return found
 
     def _over_ranks(self) -> tuple[Tensor, Tensor]:
         """Sums and extremes of all ranks; those of this rank stay as they are."""
@@ -113,6 +148,7 @@ class PairMetrics(Metrics):
         *("groups", "loss", "reward", "rewards", "tokens"),
         *("pairs", "accuracy", "ties", "margin"),
     )
+    by_source = ("loss", "accuracy")
 
     def add(
         self,
@@ -121,29 +157,36 @@ class PairMetrics(Metrics):
         rejected: Tensor,
         probability: Tensor,
         num_tokens: int,
+        sources: Sequence[str] = (),
         rewards: Tensor | None = None,
+        sources_of_pairs: Sequence[str] | None = None,
     ) -> None:
         """Count P pairs: `chosen`, `rejected` and `probability` are [P].
 
-        `losses` are those of G groups, for pairs these same; `rewards` those of S sequences,
-        default: of the pairs. `num_tokens` counts every sequence. Accuracy is the share of judges
-        that agree, of whom `probability` prefer chosen.
+        `losses` and `sources` are those of G groups, for pairs these same; `sources_of_pairs` [P],
+        default: these, too. `rewards` are those of S sequences, default: of the pairs. `num_tokens`
+        counts every sequence. Accuracy is the share of judges that agree, of whom `probability`
+        prefer chosen.
         """
         if losses.numel() == 0:
             return
         given = (losses, chosen, rejected, probability)
         losses, chosen, rejected, probability = (x.detach().double() for x in given)
         agree = torch.where(chosen > rejected, probability, 1 - probability)
+        agree = torch.where(chosen == rejected, 0.5, agree)
         rewards = torch.cat([chosen, rejected]) if rewards is None else rewards.detach().double()
         self._add(
             losses,
             rewards,
             num_tokens,
             pairs=torch.ones_like(chosen).sum(),
-            accuracy=torch.where(chosen == rejected, 0.5, agree).sum(),
+            accuracy=agree.sum(),
             ties=(chosen == rejected).double().sum(),
             margin=(chosen - rejected).sum(),
         )
+        self._add_by_source("loss", losses, sources)
+        of_pairs = sources if sources_of_pairs is None else sources_of_pairs
+        self._add_by_source("accuracy", agree, of_pairs)
 
     def _values(self, sums: dict[str, float]) -> dict[str, float]:
         pairs = sums["pairs"]
@@ -164,11 +207,19 @@ class RatingMetrics(Metrics):
         *("scores", "absolute", "squared"),
         *("whole", "x", "y", "xx", "yy", "xy"),
     )
+    by_source = ("loss",)
 
     def add(
-        self, losses: Tensor, predicted: Tensor, scores: Tensor, weights: Tensor, num_tokens: int
+        self,
+        losses: Tensor,
+        predicted: Tensor,
+        scores: Tensor,
+        weights: Tensor,
+        num_tokens: int,
+        sources: Sequence[str] = (),
     ) -> None:
-        """Count R rated texts: `losses` are [R], `predicted` and `scores` [R, A], `weights` [A].
+        """Count R rated texts of R sources: `losses` are [R], `predicted` and `scores` [R, A],
+        `weights` [A].
 
         NaN is a score that nobody gave. The reward of a text is the weighted sum of what is
         predicted; it is correlated with that of the scores, over texts that have them all.
@@ -198,6 +249,7 @@ class RatingMetrics(Metrics):
             yy=(y * y).sum(),
             xy=(x * y).sum(),
         )
+        self._add_by_source("loss", losses, sources)
 
     def _values(self, sums: dict[str, float]) -> dict[str, float]:
         values = {

@@ -48,7 +48,9 @@ class Objective(Protocol):
         """Loss of each group, from the outputs [S] or [S, A] for their sequences, end to end."""
         ...
 
-    def metrics(self, device: torch.device) -> Metrics: ...
+    def metrics(self, device: torch.device, sources: Sequence[str] = ()) -> Metrics:
+        """Metrics of training on groups of these sources."""
+        ...
 
     def held_out(self) -> Any: ...
 
@@ -78,12 +80,12 @@ class _Pairs:
         return Judged(
             losses,
             groups,
-            counted=(*values, sum(map(sum, lengths))),
+            counted=(*values, sum(map(sum, lengths)), groups.get("source", ())),
             held_out=(*values, lengths, groups.get("source")),
         )
 
-    def metrics(self, device: torch.device) -> Metrics:
-        return PairMetrics(device)
+    def metrics(self, device: torch.device, sources: Sequence[str] = ()) -> Metrics:
+        return PairMetrics(device, sources)
 
     def held_out(self) -> HeldOut:
         return HeldOut()
@@ -126,7 +128,10 @@ class _Rankings:
         return Judged(
             losses,
             groups,
-            counted=(losses, better, worse, probability, sum(lengths), outputs),
+            counted=(
+                *(losses, better, worse, probability, sum(lengths)),
+                *(groups.get("source", ()), outputs, sources),
+            ),
             held_out=(losses, outputs, lengths, seen.better, seen.worse, seen.probability, sources),
         )
 
@@ -143,8 +148,8 @@ class _Rankings:
             losses = losses + config.center_rewards_coefficient * penalty
         return losses
 
-    def metrics(self, device: torch.device) -> Metrics:
-        return PairMetrics(device)
+    def metrics(self, device: torch.device, sources: Sequence[str] = ()) -> Metrics:
+        return PairMetrics(device, sources)
 
     def held_out(self) -> HeldOutRankings:
         return HeldOutRankings()
@@ -167,12 +172,12 @@ class _Ratings:
         return Judged(
             losses,
             groups,
-            counted=(losses, predicted, scores, weights, sum(lengths)),
+            counted=(losses, predicted, scores, weights, sum(lengths), groups.get("source", ())),
             held_out=(losses, predicted, scores, lengths, groups.get("source")),
         )
 
-    def metrics(self, device: torch.device) -> Metrics:
-        return RatingMetrics(device)
+    def metrics(self, device: torch.device, sources: Sequence[str] = ()) -> Metrics:
+        return RatingMetrics(device, sources)
 
     def held_out(self) -> HeldOutRatings:
         return HeldOutRatings(list(self._attributes), list(self._attributes.values()))

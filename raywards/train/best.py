@@ -77,7 +77,7 @@ class Goal:
             known |= {
                 f"{prefix}_accuracy/{source}"
                 for prefix, folder in evals.items()
-                for source in PairTable(folder).sources()
+                for source in PairTable(folder).sources
             }
         if self.metric not in known:
             raise self._unknown(known)

@@ -168,7 +168,11 @@ def last_evaluation(
 ) -> tuple[Record, dict[str, dict[str, float]]]:
     """The newest record of that step or before with held-out metrics, and these by set's prefix."""
     for record in reversed([record for record in history if record["step"] <= up_to]):
-        prefixes = [key[: -len(_COUNT)] for key in record if key.endswith(_COUNT)]
+        prefixes = [
+            key[: -len(_COUNT)]
+            for key in record
+            if key.startswith("eval") and key.endswith(_COUNT)  # a source may have any name
+        ]
         if prefixes:
             return record, {prefix: dict(_under(prefix, record, prefixes)) for prefix in prefixes}
     return {}, {}

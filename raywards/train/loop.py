@@ -127,7 +127,9 @@ def judge(
 ) -> Judged:
     """Rewards and loss of each group of a row. An empty row is a made-up group."""
     objective = build_objective(config)
-    groups = table.take(list(indices)) if indices else objective.nothing
+    groups = objective.nothing
+    if indices:
+        groups = table.take(list(indices)) | {"source": table.sources_of(list(indices))}
     return objective.judge(model(pack_groups(groups["sequences"]).to(device)), groups)
 
 

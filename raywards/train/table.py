@@ -68,16 +68,27 @@ class PairTable:
         """Tokens of each group, its common prefix counted once."""
         self.most_sequences: int = about["most_sequences"]
         """Sequences of the largest group: 2 for pairs."""
+        parts: list[tuple[str, int]] = [(name, count) for name, count in about["sources"] if count]
+        self.sources = list(dict.fromkeys(name for name, _ in parts))
+        """Names of the sources that the groups come from, as `dataset_weights` has them."""
+        self._names = [name for name, _ in parts]
+        self._ends = numpy.cumsum([count for _, count in parts])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sources(self) -> list[str]:
-        """Names of the sources that the pairs come from."""
-        return sorted(self._rows.unique("source"))
+    def sources_of(self, indices: list[int]) -> list[str]:
+        """Which of `sources` each of these groups comes from."""
+        if len(self.sources) == 1:
+            return self.sources * len(indices)
+        places = numpy.searchsorted(self._ends, indices, side="right")
+        return [self._names[place] for place in places.tolist()]
 
     def take(self, indices: list[int]) -> dict[str, list[Any]]:
-        """All columns of the pairs at `indices`; what else is in the shards stays on disk."""
+        """All columns of the pairs at `indices`; what else is in the shards stays on disk.
+
+        The column `source` names the file, where a source has several.
+        """
         columns: dict[str, list[Any]] = self._rows[indices]
         return columns
 

@@ -182,7 +182,7 @@ def build_worker(job: Job, session: Session) -> Worker:
         pairs,
         plan,
         plan_rows(engine, pairs, config, session),
-        build_objective(config).metrics(session.device),
+        build_objective(config).metrics(session.device, pairs.sources),
         total_steps,
         asked_dtype(job, inner),
         clipper,
