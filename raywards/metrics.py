@@ -43,6 +43,11 @@ class Metrics(ABC):
         """Groups of this rank since `reset` whose loss is NaN or infinite, [1] int64."""
         return self._not_finite.clone()
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that this rank has counted since `reset`."""
+        return int(self._sums[self.names.index("tokens")])
+
     def gather_on_first_rank(self, rank: int) -> list[list[float]]:
         """Move the sums of all ranks to rank 0 and return them, for a checkpoint. Collective.
 

@@ -321,6 +321,8 @@ def test_the_export_is_of_the_best_step(
     # What it exports is what a run of so many steps exports, and no other step's weights.
     short = run(model, tmp_path / "short", max_steps=BEST, load_best_model_at_end=False)
     assert same(weights(short), weights(undisturbed))
+    tokens = [e["num_tokens"] for e in short.state.log_history if "loss" in e][-1]
+    assert training["num_tokens"] == manifest["num_tokens"] == tokens
     assert undisturbed.evaluate()["eval_loss"] == pytest.approx(value, abs=1e-6)
 
 

@@ -16,7 +16,7 @@ from raywards.config import RewardConfig
 from raywards.errors import CheckpointError, ConfigError, did_you_mean
 from raywards.evaluation import FIGURES
 from raywards.train.job import State
-from raywards.train.saving import load_engine
+from raywards.train.saving import counted, load_engine
 from raywards.train.table import PairTable
 from raywards.train.worker import Worker
 
@@ -139,7 +139,9 @@ def load_best(worker: Worker) -> State:
 
     Returns where the run stood with the weights that the engine holds now. A collective.
     """
-    config, state = worker.job.config, worker.state
+    config = worker.job.config
+    worker.metrics.gather_on_first_rank(worker.session.rank)
+    state = counted(worker)
     if not config.load_best_model_at_end or state.best_step == state.step:
         return state
     if state.best_step is None:

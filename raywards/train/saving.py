@@ -72,9 +72,16 @@ def _write_part(worker: Worker, folder: Path) -> None:
             "raywards": raywards.__version__,
             "settings": worker.job.settings,
             "num_ranks": session.world_size,
-            **dataclasses.asdict(state),
+            **dataclasses.asdict(counted(worker)),
         }
         write_manifest(folder, content, files)
+
+
+def counted(worker: Worker) -> State:
+    """Where the run stands, with the tokens since the last log. For rank 0, when it has been given
+    the sums of all ranks."""
+    tokens = worker.state.num_tokens + worker.metrics.num_tokens
+    return dataclasses.replace(worker.state, num_tokens=tokens)
 
 
 def resume(worker: Worker) -> State:
