@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,12 @@ _AUTO_CLASSES = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",
 )
+_CONFIG_OF_THE_WRITER = {
+    "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache",
+    "problem_type",
+}  # fmt: skip
+"""What saving, loading and training write into a config."""
 # What reaches AutoConfig too: the config must come from the same place as the weights.
-_CONFIG_OF_THE_WRITER = ("transformers_version", "_name_or_path")
 _CONFIG_KWARGS = (
     "cache_dir",
     "force_download",
@@ -100,14 +105,49 @@ def describe_files(model: Any, kwargs: dict[str, Any]) -> str:
     whose files have the same sizes look alike. Raises what `check_reward_model` does.
     """
     if isinstance(model, (str, os.PathLike)):
-        config, folder = check_reward_model(os.fspath(model), kwargs), Path(_resolve_path(model))
+        config = check_reward_model(os.fspath(model), kwargs)
+        sizes = {
+            file.name: file.stat().st_size for file in _weight_files(Path(_resolve_path(model)))
+        }
     else:
-        config, folder = model.config, Path("")
-    known = {k: v for k, v in config.to_dict().items() if k not in _CONFIG_OF_THE_WRITER}
-    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-    sizes = {file.name: file.stat().st_size for file in files if folder.name}
-    text = json.dumps([known, sizes], sort_keys=True, default=str)
+        config, sizes = model.config, {}
+    text = json.dumps([_told(config.to_dict()), sizes], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_of_weights(model: Any, kwargs: dict[str, Any], untrained: Sequence[str]) -> str:
+    """Digest of weights that a run leaves as they are, hence takes from the model at its end.
+
+    Of a folder it is that of the files, of a hub id its commit; of a loaded model that of the
+    parameters named in `untrained`.
+    """
+    digest = hashlib.sha256()
+    if isinstance(model, (str, os.PathLike)):
+        folder = Path(_resolve_path(model))
+        if not folder.is_dir():
+            digest.update(str(_load_config(str(model), kwargs)._commit_hash).encode())
+        for file in _weight_files(folder):
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    else:
+        named = dict(model.named_parameters())
+        for name in sorted(untrained):
+            values = named[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():  # a hub id
+        return []
+    return sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+
+
+def _told(config: Any) -> Any:
+    """A config as plain values, without what the writer puts there."""
+    if not isinstance(config, dict):
+        return config
+    return {k: _told(v) for k, v in config.items() if k not in _CONFIG_OF_THE_WRITER}
 
 
 def refuse_without_head(model_id: str, kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
@@ -37,6 +37,8 @@ def export(worker: Worker, held: State) -> None:
     # Rank 0 loads the export alone, to measure it: without this, ZeRO-3 would partition that too.
     unset_hf_deepspeed_config()
     if rank == 0:
+        if not isinstance(job.model, str):
+            give_back(worker, weights)
         about = {**job.about, **dataclasses.asdict(held), "last_step": worker.state.step}
         beside = {}
         if attributes := attribute_weights(job.config):
@@ -69,6 +71,29 @@ def export(worker: Worker, held: State) -> None:
             },
         )
     torch.distributed.barrier()
+
+
+def give_back(worker: Worker, trained: Mapping[str, Tensor]) -> None:
+    """Put what was trained into the model that the caller gave, in the type that it had.
+
+    DeepSpeed may have cast all of it to train it, also what it left as it was.
+    """
+    dtype = worker.export_dtype
+    parameters = dict(worker.engine.module.inner.named_parameters())
+    cast = [
+        name
+        for name, parameter in parameters.items()
+        if name not in trained and parameter.is_floating_point() and parameter.dtype != dtype
+    ]
+    values = dict(trained)
+    if cast:
+        job = worker.job
+        assert job.untrained is not None
+        before = load_untrained(job.untrained, job.model_kwargs).state_dict()
+        values |= {name: before[name.replace(".base_layer.", ".")] for name in cast}
+    for name in parameters.keys() & values.keys():
+        parameter = parameters[name]
+        parameter.data = values[name].to(parameter.device, dtype)
 
 
 def complete(worker: Worker, trained: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from raywards.loader import (
     check_reward_model,
     create_model_from_path,
     describe_files,
+    digest_of_weights,
     grow_vocabulary,
     load_tokenizer,
 )
@@ -73,7 +75,7 @@ from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
 from raywards.train.start import may_be_half
 from raywards.train.storage import checkpoint_of, newest_checkpoint
-from raywards.train.tuning import check_cheaper, check_quantised
+from raywards.train.tuning import check_cheaper, check_quantised, frozen_names
 from raywards.train.zero import default_stage, read_zero, stage_of, zero_config
 from raywards.trl_fields import REFUSED_METHODS
 
@@ -437,8 +439,23 @@ class RewardTrainer(FinishedRun):
             # A file is read once, here: workers run elsewhere, and its content is what counts.
             "deepspeed": read_zero(self.args.deepspeed or stage),
             **({"peft_config": as_facts(self._lora)} if self._lora is not None else {}),
+            **({"untrained_weights": self._untrained_weights} if self._trains_a_part else {}),
         }
         return fixed_settings(self.args, facts, settings_to_continue(self.storage, explicit))
+
+    @property
+    def _trains_a_part(self) -> bool:
+        return self._lora is not None or bool(self.args.freeze)
+
+    @functools.cached_property
+    def _untrained_weights(self) -> str:
+        """Digest of the weights that are no part of checkpoints: the export takes them from the
+        model, which must be the same then."""
+        untrained: list[str] = []
+        if not isinstance(self._model, str):
+            untrained = [n for n, p in self._model.named_parameters() if not p.requires_grad]
+            untrained += frozen_names(self._model, self.args.freeze or [])
+        return digest_of_weights(self._model, self._model_kwargs, untrained)
 
     @property
     def _lora(self) -> Any:
@@ -451,6 +468,12 @@ class RewardTrainer(FinishedRun):
     def _check_tuning(self, stage: int) -> None:
         lora = self._lora
         check_cheaper(self.args)
+        if stage == 3 and not isinstance(self._model, str) and self.args.num_workers == 0:
+            raise ConfigError(
+                "deepspeed: ZeRO stage 3 would partition the weights of the model that was passed, "
+                "and leave it without any. Pass its path, set num_workers to 1 or more, or "
+                "deepspeed to 0, 1 or 2."
+            )
         if lora is not None and self.args.freeze:
             raise ConfigError(
                 "freeze: all weights but the adapters' and the head's are frozen anyway. Leave "
@@ -545,7 +568,7 @@ class RewardTrainer(FinishedRun):
         settings["pairs"] = pairs.fingerprint
         claim(self.storage, self.args, settings)
         model, adapter = self._model, None
-        partly = self._lora is not None or bool(self.args.freeze)
+        partly = self._trains_a_part
         untrained = model if partly and isinstance(model, str) else None
         if not isinstance(model, str) and (partly or self.args.num_workers != 0):
             folder = self.paths.run / "initial-model"

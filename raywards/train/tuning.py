@@ -25,13 +25,20 @@ from raywards.train.adapters import head_names, import_peft
 
 
 def freeze(inner: Any, patterns: Sequence[str]) -> None:
-    """Leave the parameters that a pattern names as they are.
+    """Leave the parameters that a pattern names as they are. Raises what `frozen_names` does."""
+    named = dict(inner.named_parameters())
+    for name in frozen_names(inner, patterns):
+        named[name].requires_grad_(False)
 
-    A pattern is of a parameter or of a module above it. Raises `ConfigError` for one that names
-    nothing, or a part of the head.
+
+def frozen_names(inner: Any, patterns: Sequence[str]) -> list[str]:
+    """The parameters that patterns name: each is of a parameter, or of a module above it.
+
+    Raises `ConfigError` for a pattern that names nothing, or a part of the head.
     """
     heads = head_names(inner)
     named = dict(inner.named_parameters())
+    frozen = []
     for pattern in patterns:
         found = [n for n in named if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")]
         if not found:
@@ -47,7 +54,8 @@ def freeze(inner: Any, patterns: Sequence[str]) -> None:
                     f"freeze: {pattern!r} names {name}, which is of the reward head. The head is "
                     "always trained: write patterns that leave it out."
                 )
-            named[name].requires_grad_(False)
+        frozen += found
+    return frozen
 
 
 # ---------------------------------------------------------------- where the rest comes from
