@@ -20,6 +20,8 @@ from raywards.loader import create_model_from_path
 
 pytestmark = pytest.mark.trains
 
+IDS = [5, 60, 7, 80, 9]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -134,3 +136,25 @@ def test_an_object_with_other_frozen_weights_is_refused(model: Path, tmp_path: P
     with pytest.raises(CheckpointError, match="untrained_weights: was"):
         runs.trainer(other, tmp_path / "run", **options).train()
     assert runs.trainer(loaded(model), tmp_path / "run", **options).train().global_step == 8
+
+
+# ---------------------------------------------------------------- a start that fails
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_start_that_fails_leaves_the_model_as_it_was(
+    model: Path, tmp_path: Path, adapted: bool
+) -> None:
+    given = loaded(model)
+    if adapted:
+        given = peft.get_peft_model(
+            given, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+        )
+    given.eval()
+    before = runs.plain_reward(given, IDS), str(given), given.state_dict().keys()
+    with pytest.raises(TypeError, match="bad"):
+        runs.train(given, tmp_path / "run", lr_scheduler_kwargs={"bad": 1})
+    given.eval()
+    assert (runs.plain_reward(given, IDS), str(given), given.state_dict().keys()) == before
+    assert isinstance(given, peft.PeftModel) == adapted
+    assert runs.learned(runs.train(given, tmp_path / "again"))

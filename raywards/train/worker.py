@@ -62,16 +62,15 @@ class Worker:
     state: State = field(default_factory=State)
     history: list[dict[str, Any]] = field(default_factory=list)
     """On rank 0: every record of the lineage of the weights."""
+    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
+    """Indices of each row of this step on this rank, and the losses of its pairs."""
+    saved_step: int | None = None
+    """Step of the last checkpoint."""
 
     def log(self, record: dict[str, Any]) -> None:
         """Keep a record and hand it to the driver; rank 0 alone calls it."""
         self.history.append(record)
         self.session.send("log", record)
-
-    losses: list[tuple[Sequence[int], Tensor]] = field(default_factory=list)
-    """Indices of each row of this step on this rank, and the losses of its pairs."""
-    saved_step: int | None = None
-    """Step of the last checkpoint."""
 
     def grad_norm(self) -> float | None:
         """Norm of the last step's gradient before clipping."""
@@ -103,20 +102,17 @@ class Clipper:
 @contextlib.contextmanager
 def open_worker(job: Job, session: Session) -> Iterator[Worker]:
     """A worker for the time of the block; afterwards the model is as transformers made it."""
-    try:
-        worker = build_worker(job, session)
-        try:
-            yield worker
-        finally:
-            worker.engine.module.unwrap()  # it may be the caller's own model
-            if worker.adapters is not None:
-                worker.adapters.close()
-    finally:
-        unset_hf_deepspeed_config()  # else ZeRO-3 would partition what this process loads next
+    with contextlib.ExitStack() as undo:
+        # Else ZeRO-3 would partition what this process loads next.
+        undo.callback(unset_hf_deepspeed_config)
+        yield build_worker(job, session, undo)
 
 
-def build_worker(job: Job, session: Session) -> Worker:
-    """Model, engine, pairs and plan of this rank."""
+def build_worker(job: Job, session: Session, undo: contextlib.ExitStack) -> Worker:
+    """Model, engine, pairs and plan of this rank.
+
+    What is done to the model, which may be the caller's own, is put onto `undo` as it is done.
+    """
     config = job.config
     on_gpu = session.device.type == "cuda"
     bf16 = config.bf16 if config.bf16 is not None else True
@@ -137,23 +133,58 @@ def build_worker(job: Job, session: Session) -> Worker:
     keeps_zero3_visible = HfDeepSpeedConfig(settings) if stage_of(settings) == 3 else None
     inner, adapters = load_model(job, stage_of(settings))
     if adapters is not None:
+        undo.callback(adapters.close)
         note(session, adapters.in_words())
     refuse_without_master_weights(inner, bf16, stage_of(settings))
     prepare_model(inner, config)
     if config.use_liger_kernel:
         apply_liger(inner, session.device)
     model = RewardModel(inner)
+    undo.callback(model.unwrap)
 
     pairs = PairTable(job.train)
-    plan = TrainPlan(
-        num_pairs=len(pairs),
+    plan = plan_steps(job, len(pairs))
+    total_steps = count_steps(config, plan)
+    engine, clipper = build_engine(model, config, settings, total_steps)
+    engine.keeps_zero3_visible = keeps_zero3_visible
+    if session.world_size == 1 and stage_of(settings) == 0:
+        # Else it copies all gradients into one tensor and back, to sum them over one process.
+        engine.enable_backward_allreduce = False
+    return Worker(
+        job,
+        session,
+        engine,
+        pairs,
+        plan,
+        plan_rows(engine, pairs, config, session),
+        build_objective(config).metrics(session.device, pairs.sources),
+        total_steps,
+        asked_dtype(job, inner),
+        clipper,
+        adapters,
+    )
+
+
+def plan_steps(job: Job, num_pairs: int) -> TrainPlan:
+    """Which pairs are in which step."""
+    config = job.config
+    return TrainPlan(
+        num_pairs=num_pairs,
         global_batch=job.settings["global_batch"],
         seed=config.seed if config.data_seed is None else config.data_seed,
         shuffle=config.train_sampling_strategy == "random",
         drop_last=config.dataloader_drop_last,
         mixture=job.mixture,
     )
-    total_steps = count_steps(config, plan)
+
+
+def build_engine(
+    model: RewardModel, config: RewardConfig, settings: dict[str, Any], total_steps: int
+) -> tuple[Any, Clipper | None]:
+    """DeepSpeed's engine with AdamW and its schedule; at stage 0 what clips for it.
+
+    `settings` is DeepSpeed's dict, whose clipping is switched off where another clips.
+    """
     optimizer = build_optimizer(model, config)
     schedule = get_scheduler(
         config.lr_scheduler_type,
@@ -169,25 +200,9 @@ def build_worker(job: Job, session: Session) -> Worker:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings
     )
-    engine.keeps_zero3_visible = keeps_zero3_visible
-    if session.world_size == 1 and stage_of(settings) == 0:
-        # Else it copies all gradients into one tensor and back, to sum them over one process.
-        engine.enable_backward_allreduce = False
     if clipper is not None:
         optimizer.register_step_pre_hook(clipper)
-    return Worker(
-        job,
-        session,
-        engine,
-        pairs,
-        plan,
-        plan_rows(engine, pairs, config, session),
-        build_objective(config).metrics(session.device, pairs.sources),
-        total_steps,
-        asked_dtype(job, inner),
-        clipper,
-        adapters,
-    )
+    return engine, clipper
 
 
 def note(session: Session, text: str) -> None:
