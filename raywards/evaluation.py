@@ -20,7 +20,10 @@ _COLUMNS = ("loss", "chosen", "rejected", "probability", "chosen_tokens", "rejec
 Floats = NDArray[numpy.float64]
 T = TypeVar("T")
 
-FIGURES: dict[str, bool | None] = {
+_REWARDS: dict[str, bool | None] = dict.fromkeys(
+    ("min_reward", "mean_reward", "max_reward", "sd_reward")
+)
+_OF_PAIRS: dict[str, bool | None] = {
     "loss": False,
     "log_loss": False,
     "accuracy": True,
@@ -30,18 +33,19 @@ FIGURES: dict[str, bool | None] = {
     "margin_p05": True,
     "margin_p50": True,
     "margin_p95": True,
-    "min_reward": None,
-    "mean_reward": None,
-    "max_reward": None,
-    "sd_reward": None,
+    **_REWARDS,
     "length_bias": None,
 }
-"""Figures that a model may be chosen by, and whether more is better; None where it depends. Beside
-them there is `accuracy/SOURCE`, where a set has several sources."""
+_OF_SCORES = {"mse": False, "mae": False, "pearson": True}
 
 
 class HeldOut:
     """Rewards of held-out pairs on this rank; `compute` turns those of all ranks into figures."""
+
+    choosable = _OF_PAIRS
+    """Figures that a model may be chosen by, and whether more is better; None where it depends."""
+    by_source = "accuracy"
+    """The one of them that is also given by source, where a set has several."""
 
     def __init__(self) -> None:
         self._rows: list[Floats] = []
@@ -76,6 +80,9 @@ class HeldOutRankings:
 
     Loss and rewards are those of the rankings and their responses, each counted once.
     """
+
+    choosable = HeldOut.choosable
+    by_source = HeldOut.by_source
 
     def __init__(self) -> None:
         self._pairs = HeldOut()
@@ -128,7 +135,16 @@ class HeldOutRankings:
 class HeldOutRatings:
     """Rated texts that are held out, with A attributes; `compute` gives errors and correlations."""
 
+    by_source = "loss"
+
     def __init__(self, attributes: Sequence[str], weights: Sequence[float]) -> None:
+        self.choosable: dict[str, bool | None] = {"loss": False, **_OF_SCORES, **_REWARDS}
+        if len(attributes) > 1:
+            self.choosable |= {
+                f"{figure}/{name}": greater
+                for name in attributes
+                for figure, greater in _OF_SCORES.items()
+            }
         self._attributes = attributes
         self._weights = numpy.asarray(weights, dtype=float)
         self._rows: list[Floats] = []

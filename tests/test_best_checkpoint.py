@@ -22,7 +22,7 @@ import raywards.train.loop as loop
 from raywards import RewardConfig, RewardTrainer
 from raywards.checkpoint import complete_checkpoints, read_manifest, write_manifest
 from raywards.errors import CheckpointError, ConfigError
-from raywards.evaluation import FIGURES, figures
+from raywards.evaluation import HeldOut, figures
 from raywards.train.best import Goal
 from raywards.train.job import State
 from raywards.train.storage import SharedFolder, retain
@@ -196,12 +196,47 @@ def test_whether_more_is_better_goes_by_the_figure(metric: str, greater: bool) -
     assert Goal.of(config).greater_is_better is greater
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("mse", False), ("eval_web_mae", False), ("pearson", True), ("eval_loss", False),
+        ("mse/brevity", False), ("eval_web_pearson/my_loss", True), ("loss/my_pearson", False),
+    ],
+)  # fmt: skip
+def test_whether_more_is_better_goes_by_the_figures_of_the_objective(
+    metric: str, greater: bool
+) -> None:
+    config = RewardConfig(
+        objective="regression",
+        attributes={"brevity": 1.0, "my_loss": 1.0},
+        eval_strategy="epoch",
+        metric_for_best_model=metric,
+    )
+    assert Goal.of(config).greater_is_better is greater
+
+
+def test_a_figure_that_goes_missing_is_no_improvement() -> None:
+    config = RewardConfig(
+        objective="regression",
+        eval_strategy="steps",
+        metric_for_best_model="pearson",
+        early_stopping_patience=1,
+    )
+    goal, state = Goal.of(config), State(step=1)
+    with pytest.raises(ConfigError, match="no evaluation gives 'eval_pearson'"):
+        goal.take(state, {"eval_loss": 1.0})
+    assert goal.take(state, {"eval_pearson": -0.5})
+    assert not goal.take(state, {"eval_loss": 1.0})
+    assert goal.is_given_up(state)
+    assert (state.best_metric, state.best_step) == (-0.5, 1)
+
+
 def test_every_figure_can_be_chosen_by() -> None:
     columns = ("loss", "chosen", "rejected", "probability", "chosen_tokens", "rejected_tokens")
     table = {name: numpy.array([1.0, 2.0 + i]) for i, name in enumerate(columns)}
     found = figures(table, ["a", "b"])
     counts = {"num_pairs", "num_tokens", "accuracy/a", "accuracy/b"}
-    assert found.keys() - counts == FIGURES.keys()
+    assert found.keys() - counts == HeldOut.choosable.keys()
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

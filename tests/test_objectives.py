@@ -161,6 +161,49 @@ def test_held_out_figures_are_those_of_the_scorer(model: Path, tmp_path: Path) -
     assert found["eval_loss"] == pytest.approx(sum(group_losses) / 11, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("case", "metric", "best_of"),
+    [
+        ("plackett_luce", "accuracy", max),
+        ("all_pairs", "log_loss", min),
+        ("regression", "pearson", max),
+        ("regression", "mse", min),
+        ("regression", "loss/b", min),
+        ("attributes", "mae/helpfulness", min),
+    ],
+)
+def test_the_best_checkpoint_goes_by_a_figure_of_the_objective(
+    case: str, metric: str, best_of: Any, model: Path, tmp_path: Path
+) -> None:
+    make, changes = CASES[case]
+    sets = {name: datasets.Dataset.from_list(make(24, seed=i)) for i, name in enumerate("ab")}
+
+    def trainer(metric: str) -> RewardTrainer:
+        schedule = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1}
+        wanted = {"metric_for_best_model": metric, "load_best_model_at_end": True}
+        rate = {"learning_rate": 0.03, "lr_scheduler_type": "constant"}  # it swings
+        return RewardTrainer(
+            str(model),
+            RewardConfig(**settings(tmp_path / "run", **changes, **schedule, **wanted, **rate)),
+            train_dataset=datasets.Dataset.from_list(make(32)),
+            eval_dataset={"one": sets},
+        )
+
+    wrong = "accuracy" if changes["objective"] == "regression" else "mse"
+    with pytest.raises(ConfigError, match=f"no evaluation gives 'eval_one_{wrong}'"):
+        trainer(f"one_{wrong}").train()
+    assert not (tmp_path / "run" / "run.json").exists()
+
+    trained = trainer(f"one_{metric}")
+    trained.train()
+    name = f"eval_one_{metric}"
+    values = {e["step"]: e[name] for e in trained.state.log_history if name in e}
+    assert len(values) == 4
+    assert len(set(values.values())) > 1
+    assert trained.state.best_metric == best_of(values.values())
+    assert values[trained.state.best_global_step] == trained.state.best_metric
+
+
 # ---------------------------------------------------------------- equalities
 
 
@@ -511,6 +554,9 @@ def test_figures_of_ratings_leave_out_what_nobody_rated() -> None:
     assert found["pearson"] == pytest.approx(-1.0)  # of two texts that have both scores
     assert found["pearson/verbosity"] == pytest.approx(-1.0)
     assert (found["num_pairs"], found["num_tokens"]) == (3, 4)
+    config = RewardConfig(objective="regression", attributes=ATTRIBUTES)
+    others = {"num_pairs", "num_tokens", "loss/a", "loss/b"}
+    assert build_objective(config).held_out().choosable.keys() == found.keys() - others
 
 
 def test_a_constant_has_no_correlation() -> None:

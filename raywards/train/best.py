@@ -7,6 +7,7 @@ them is in `State`, hence in every checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from raywards.checkpoint import read_manifest
 from raywards.config import RewardConfig
 from raywards.errors import CheckpointError, ConfigError, did_you_mean
-from raywards.evaluation import FIGURES
+from raywards.objectives import build_objective
 from raywards.train.job import State
 from raywards.train.saving import counted, load_engine
 from raywards.train.table import PairTable
@@ -65,19 +66,22 @@ class Goal:
         metric = name if name.startswith("eval_") else f"eval_{name}"
         greater = config.greater_is_better
         if greater is None:
-            greater = _greater_is_better(name)
+            greater = _greater_is_better(name, config)
         return cls(metric, greater, patience, threshold)
 
-    def refuse_unknown_metric(self, evals: Mapping[str, Path]) -> None:
+    def refuse_unknown_metric(self, config: RewardConfig, evals: Mapping[str, Path]) -> None:
         """Raise `ConfigError` where no evaluation of these prepared sets has the metric."""
         if self.metric is None:
             return
-        known = {f"{prefix}_{figure}" for prefix in evals for figure in FIGURES}
-        if self.metric not in known and "accuracy/" in self.metric:
+        held_out = build_objective(config).held_out()
+        known = {f"{prefix}_{figure}" for prefix in evals for figure in held_out.choosable}
+        if self.metric not in known and f"{held_out.by_source}/" in self.metric:
             known |= {
-                f"{prefix}_accuracy/{source}"
+                f"{prefix}_{held_out.by_source}/{source}"
                 for prefix, folder in evals.items()
-                for source in PairTable(folder).sources
+                for sources in [PairTable(folder).sources]
+                for source in sources
+                if len(sources) > 1
             }
         if self.metric not in known:
             raise self._unknown(known)
@@ -85,13 +89,15 @@ class Goal:
     def take(self, state: State, record: Mapping[str, float]) -> bool:
         """Enter an evaluation into `state`; whether it is the best one so far.
 
-        A figure that is NaN is no improvement. Raises `ConfigError` where the metric is missing.
+        A figure that is NaN is no improvement, nor is one that was there and is not now: rewards
+        that are all alike have no correlation. Raises `ConfigError` where it never was there.
         """
         if self.metric is None:
             return False
-        if self.metric not in record:
+        best = state.best_metric
+        if self.metric not in record and best is None:
             raise self._unknown(record)
-        value, best = record[self.metric], state.best_metric
+        value = record.get(self.metric, math.nan)
         ahead = value - (best if best is not None else value)
         if not self.greater_is_better:
             ahead = -ahead
@@ -164,14 +170,15 @@ def load_best(worker: Worker) -> State:
     )
 
 
-def _greater_is_better(name: str) -> bool:
+def _greater_is_better(name: str, config: RewardConfig) -> bool:
     """As the figure has it: transformers goes by whether the name ends with "loss"."""
-    if "accuracy/" in name:  # what follows is the name of a source
-        return True
-    figures = [figure for figure in FIGURES if name == figure or name.endswith(f"_{figure}")]
+    held_out = build_objective(config).held_out()
+    if f"{held_out.by_source}/" in name:  # what follows is the name of a source
+        return bool(held_out.choosable[held_out.by_source])
+    figures = [one for one in held_out.choosable if name == one or name.endswith(f"_{one}")]
     if not figures:
-        return not name.endswith("loss")
-    greater = FIGURES[max(figures, key=len)]
+        return False  # `refuse_unknown_metric` will tell, which knows the sets
+    greater: bool | None = held_out.choosable[max(figures, key=len)]
     if greater is None:
         raise ConfigError(
             f"metric_for_best_model={name!r}: it is not obvious whether more of it is better; set "

@@ -561,7 +561,7 @@ class RewardTrainer(FinishedRun):
         self.dropped["train"] = pairs.dropped
         evals = self._prepare_evals(self.eval_dataset, "eval") if self._evaluates else {}
         Goal.of(self.args).refuse_unknown_metric(
-            {prefix: held_out.folder for prefix, held_out in evals.items()}
+            self.args, {prefix: held_out.folder for prefix, held_out in evals.items()}
         )
         mixture = weigh(pairs.sources, self.args.dataset_weights)  # type: ignore[arg-type]
         self._refuse_empty_epoch(TrainPlan(pairs.num_pairs, batch, seed=0, mixture=mixture))
