@@ -396,11 +396,17 @@ def test_a_folder_is_free_again_after_an_error_and_swept(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = trainer(model, tmp_path / "run")
+    half = [".adapter.0123abcd.partial", ".resharded-0123abcd", "prepared/.train.0123abcd.partial"]
+    whole = ["prepared/train-0123abcd", "checkpoint-best"]
+    for name in (*half, *whole):
+        (one.paths.run / name).mkdir(parents=True)
     cut_off = one.paths.run / "checkpoint-000004-0123abcd"
     cut_off.mkdir(parents=True)
 
     def train_into_it(*_: Any) -> None:
         assert not cut_off.exists()
+        assert not any((one.paths.run / name).exists() for name in half)
+        assert all((one.paths.run / name).exists() for name in whole)
         with pytest.raises(ConfigError, match=str(os.getpid())), one.storage.hold():
             pass
         cut_off.mkdir()

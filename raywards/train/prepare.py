@@ -48,7 +48,6 @@ _FORMAT = 4
 _ROWS_PER_SHARD = 20_000
 _ROWS_PER_CHUNK = 1000
 _BAD_ROWS_SHOWN = 5
-_UNREADABLE = ("not_json", "not_object")
 
 
 @dataclass(frozen=True)

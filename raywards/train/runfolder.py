@@ -6,6 +6,7 @@ The same settings stand in every checkpoint, so that one is not taken for anothe
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,14 @@ def claim(storage: Storage, config: RewardConfig, settings: Mapping[str, Any]) -
         refuse_other_run(f"{storage.where()}: holds checkpoints", theirs, settings)
     content = {"settings": settings, "all": as_dict(config)}
     storage.write(_FILE, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def sweep(paths: RunPaths) -> None:
+    """Remove what a killed start has left half-made. Only while this process holds the folder."""
+    partial = [*paths.run.glob(".*.partial"), *paths.prepared.glob(".*.partial")]
+    for left in (*partial, *paths.run.glob(".resharded-*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def that_decide(settings: Mapping[str, Any]) -> dict[str, Any]:

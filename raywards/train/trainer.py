@@ -70,6 +70,7 @@ from raywards.train.runfolder import (
     fixed_settings,
     refuse_folder_of_a_job,
     settings_to_continue,
+    sweep,
 )
 from raywards.train.runlog import RunLog
 from raywards.train.session import LocalSession
@@ -264,6 +265,7 @@ class RewardTrainer(FinishedRun):
             self._open_repo()
         with self.storage.hold():
             self.storage.remove_cut_off()
+            sweep(self.paths)
             try:
                 return self._train(settings, explicit, started)
             finally:

@@ -156,7 +156,7 @@ def build_worker(job: Job, session: Session, undo: contextlib.ExitStack) -> Work
         engine,
         pairs,
         plan,
-        plan_rows(engine, pairs, config, session),
+        plan_rows(engine, job, pairs, session),
         build_objective(config).metrics(session.device, pairs.sources),
         total_steps,
         asked_dtype(job, inner),
@@ -212,15 +212,18 @@ def note(session: Session, text: str) -> None:
     logger.info("%s", text)
 
 
-def plan_rows(engine: Any, pairs: PairTable, config: RewardConfig, session: Session) -> Rows:
+def plan_rows(engine: Any, job: Job, pairs: PairTable, session: Session) -> Rows:
     """Settle the model's path, the length of rows and checkpointing, alike on all ranks."""
+    config = job.config
     model: RewardModel = engine.module
     bf16 = config.bf16 if config.bf16 is not None else True
     settle_path(model, run=engine, autocast=bf16)
     longest = int(pairs.lengths.max())
-    if longest > model.max_tokens:
+    # Also the held-out ones: max_length cannot be mended once there are checkpoints.
+    every = [longest, *(int(PairTable(folder).lengths.max()) for folder in job.evals.values())]
+    if max(every) > model.max_tokens:
         raise ConfigError(
-            f"max_length={config.max_length}: there are sequences of {longest} tokens, "
+            f"max_length={config.max_length}: there are sequences of {max(every)} tokens, "
             f"and beyond {model.max_tokens} a reward of {type(model.inner).__name__} depends on "
             f"what else is in its batch (docs/families.md). Set max_length={model.max_tokens}."
         )
