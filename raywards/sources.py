@@ -19,6 +19,12 @@ from raywards.rowset import Lines, RowRef, RowSet, as_row, parse, show
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
+COLUMNS = {
+    *("prompt", "chosen", "rejected", "chosen_ids", "rejected_ids", "margin", "probability"),
+    *("responses", "ranks", "text", "response", "score", "tools", "chat_template_kwargs"),
+}
+"""Of rows of any format, beside attributes."""
+
 _LOOKED_AT = 4096  # bytes, to tell a list from lines
 
 
@@ -39,7 +45,7 @@ def read_rows(
     Raises `ConfigError` for a source that cannot be opened or has no rows, `RowError` for a list of
     rows that are no JSON objects; a line of a file is parsed when it is read.
     """
-    if _names_sources(source):
+    if names_sources(source):
         return [
             rows.of_group(str(group), str(group) if len(sets) == 1 else f"{group}/{rows.name}")
             for group, one in source.items()
@@ -60,13 +66,32 @@ def read_rows(
     return sets
 
 
-def _names_sources(source: Any) -> bool:
-    """Whether a source is a mapping of names to sources, and no dataset or column of one."""
-    if not isinstance(source, Mapping) or not source or {"chosen", "rejected"} <= source.keys():
+def names_sources(source: Any, *, splits_too: bool = False) -> bool:
+    """Whether a source is a mapping of names to sources, and no dataset or column of one.
+
+    A `DatasetDict` is one where its splits are to be taken for sets of their own.
+    """
+    if not isinstance(source, Mapping) or not source:
         return False
     import datasets
 
-    return not isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict))
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        return splits_too
+    return not _are_columns(source)
+
+
+def _are_columns(source: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is of columns to their values, or of one row, rather than of sources."""
+    import datasets
+
+    kinds = (str, PathLike, RowSet, datasets.Dataset, datasets.IterableDataset, Mapping)
+    lists = [value for value in source.values() if isinstance(value, (list, tuple))]
+    values = [value for value in source.values() if not isinstance(value, (list, tuple))]
+    if not all(isinstance(one, kinds) for some in (values, *lists) for one in some):
+        return True
+    # Texts may be names of files: the names of the columns tell.
+    named = source.keys() <= COLUMNS and len(lists) == len(source)
+    return named or {"chosen", "rejected"} <= source.keys()
 
 
 class _Split(NamedTuple):
@@ -96,10 +121,14 @@ def _open(source: Any, split: _Split, name: str, config: str | None) -> list[Row
     if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         rows = _pick(source, split.name, name).with_format(None)
         return [RowSet(f"{name}[{split.name!r}]", rows)]
-    hint = " A list of rows becomes a source with datasets.Dataset.from_list(rows)."
+    hint = ""
+    if isinstance(source, Mapping) and source:
+        hint = " Columns become a source with datasets.Dataset.from_dict(columns)."
+    if isinstance(source, (Mapping, list, tuple)):
+        hint += " A list of rows becomes a source with datasets.Dataset.from_list(rows)."
     raise ConfigError(
         f"{name} is {show(source)}; expected a datasets.Dataset or DatasetDict, a path, a folder "
-        f"or a hub id.{hint if isinstance(source, (Mapping, list, tuple)) else ''}"
+        f"or a hub id, or a mapping of names to these.{hint}"
     )
 
 

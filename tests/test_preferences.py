@@ -13,12 +13,12 @@ import pytest
 import test_groups
 from tiny import chatml_tokenizer, llama_like_tokenizer, tiny_qwen2
 
-from raywards import preferences
+from raywards import groups, preferences
 from raywards.errors import ConfigError, RowError
 from raywards.preferences import REASONS, Pair, encode_row
 from raywards.rendering import Rendering
 from raywards.rowset import RowRef
-from raywards.sources import read_rows
+from raywards.sources import COLUMNS, read_rows
 
 RENDERING = Rendering(chatml_tokenizer())
 WHERE = RowRef("pairs.jsonl", 17, 18)
@@ -513,6 +513,12 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (datasets.IterableDatasetDict({"training": stream}), "Did you mean 'training'"),
         ({"chosen": ["a"], "rejected": ["b"]}, "dataset is dict"),
+        ({"text": ["a", "b"], "score": [1.0, 2.0]}, "Dataset.from_dict"),
+        ({"responses": [["a", "b"]], "ranks": [[1, 2]]}, "Dataset.from_dict"),
+        ({"prompt": ["a"], "response": ["b"], "clarity": [None]}, "Dataset.from_dict"),
+        ({"prompt": ["a"], "response": ["b"]}, "Dataset.from_dict"),
+        ({"chosen_ids": [[1]], "rejected_ids": [[2]]}, "Dataset.from_dict"),
+        ({"text": "a", "score": 1.0}, "Dataset.from_dict"),
         ({"good": tmp_path / "empty.jsonl"}, "empty.jsonl has no rows"),
         ({}, "dataset is dict"),
         (datasets.DatasetDict({"training": table}), "Did you mean 'training'"),
@@ -531,3 +537,16 @@ def test_sources_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             read_rows(source)
         assert words in str(caught.value), source
         assert len(str(caught.value).splitlines()) < 12
+
+
+def test_a_name_that_is_also_a_column_may_be_a_sources(tmp_path: Path) -> None:
+    """Only lists of texts under such names are columns."""
+    write_lines(tmp_path / "a.jsonl", [STANDARD])
+    table = datasets.Dataset.from_list([STANDARD])
+    sources = {"text": str(tmp_path / "a.jsonl"), "prompt": [table], "code": [tmp_path / "a.jsonl"]}
+    assert [rows.group for rows in read_rows(sources)] == ["text", "prompt", "code"]
+
+
+def test_every_column_of_a_row_is_known_to_be_one() -> None:
+    known = {name for names, _ in groups._KINDS.values() for name in names}
+    assert known | preferences.NUMBERS.keys() < COLUMNS

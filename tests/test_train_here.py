@@ -525,3 +525,35 @@ def test_an_output_dir_that_cannot_be_is_named(model: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"output_dir: .* cannot be made a folder"):
         run(model, tmp_path / "file")
+
+
+def test_a_held_out_set_may_have_any_name(model: Path, tmp_path: Path) -> None:
+    held_out = datasets.Dataset.from_list(conversation_rows(8, seed=1))
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "run", max_steps=1, eval_strategy="epoch")),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset={"trl-lib/helpful": held_out, "..": held_out},
+    )
+    metrics = trainer.train().metrics
+    assert metrics["eval_trl-lib/helpful_loss"] == metrics["eval_.._loss"] > 0
+    values = trainer.evaluate(held_out, metric_key_prefix="../test")
+    assert values["../test_loss"] == pytest.approx(metrics["eval_.._loss"], abs=1e-5)
+    assert not list(tmp_path.glob("test*"))
+
+
+@pytest.mark.parametrize("empty", [{}, datasets.DatasetDict()], ids=["dict", "DatasetDict"])
+def test_an_empty_mapping_of_held_out_sets_is_refused(
+    empty: Any, model: Path, tmp_path: Path
+) -> None:
+    trainer = RewardTrainer(
+        str(model),
+        RewardConfig(**settings(tmp_path / "run", eval_strategy="epoch")),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        eval_dataset=empty,
+    )
+    with pytest.raises(ConfigError, match="eval_dataset: is an empty mapping"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="eval_dataset: is an empty mapping"):
+        trainer.evaluate()

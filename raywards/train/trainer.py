@@ -48,6 +48,7 @@ from raywards.loader import (
 )
 from raywards.packing import TrainPlan
 from raywards.rendering import Rendering
+from raywards.sources import names_sources
 from raywards.train.adapters import (
     adopt,
     as_facts,
@@ -112,7 +113,8 @@ class RewardTrainer(FinishedRun):
         train_dataset: Rows in any of TRL's preference formats: a `datasets.Dataset` or
             `IterableDataset`, a hub id, a JSONL, JSON or Parquet file, a saved dataset folder, a
             list of these, or a mapping of names to them.
-        eval_dataset: Held-out rows of the same kinds, or a mapping of names to them.
+        eval_dataset: Held-out rows of the same kinds, or a mapping of names to them, such as the
+            splits of a `DatasetDict`.
         processing_class: Tokenizer, if not the model's own.
         callbacks: transformers' `TrainerCallback`s; docs/tracking.md says what they may do.
         quantization_config: Load the base quantised (`transformers.BitsAndBytesConfig`).
@@ -260,6 +262,8 @@ class RewardTrainer(FinishedRun):
                 f"eval_strategy={self.args.eval_strategy!r} needs an eval_dataset, and "
                 "RewardTrainer was given none."
             )
+        if self._evaluates:
+            _refuse_no_sets(self.eval_dataset)
         Goal.of(self.args)
         if self.args.push_to_hub:
             self._open_repo()
@@ -635,10 +639,10 @@ class RewardTrainer(FinishedRun):
         return f"{pairs} pairs, {workers} on {device}, run folder {self.storage.where()}"
 
     def _prepare_evals(self, source: Any, prefix: str) -> dict[str, Prepared]:
+        _refuse_no_sets(source)
         settings = self._encode_settings()
-        import datasets
-
-        named = isinstance(source, Mapping) and not isinstance(source, datasets.Dataset)
+        # As in TRL, each split of a DatasetDict is a set of its own here.
+        named = names_sources(source, splits_too=True)
         sources = {f"{prefix}_{n}": s for n, s in source.items()} if named else {prefix: source}
         prepared = {}
         for name, rows in sources.items():
@@ -724,6 +728,14 @@ def _with_output_dir(args: RewardConfig, model_id: str) -> RewardConfig:
     if args.output_dir is None:
         args = dataclasses.replace(args, output_dir=f"{Path(model_id).name}-Reward")
     return args
+
+
+def _refuse_no_sets(held_out: Any) -> None:
+    if isinstance(held_out, Mapping) and not held_out:
+        raise ConfigError(
+            "eval_dataset: is an empty mapping, so there is nothing to evaluate. Name at least one "
+            "set of held-out rows in it, or leave evaluation out (eval_strategy='no')."
+        )
 
 
 def _in_lines(metrics: Mapping[str, Any]) -> dict[str, Any]:
