@@ -458,6 +458,23 @@ def test_a_mapping_names_its_sources(tmp_path: Path, rendering: Rendering) -> No
         module.weigh(prepared.sources, {"shor": 2})
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        ("eval_trl-lib/helpful", "eval_trl-lib-helpful"), ("..", "-"), ("eval_é 1", "eval_-1"),
+        ("eval_../../x", "eval_-x"), ("x" * 300, "x" * 100), ("eval_web", "eval_web"),
+    ],
+)  # fmt: skip
+def test_a_name_is_made_safe_for_a_folder(
+    name: str, folder: str, tmp_path: Path, rendering: Rendering
+) -> None:
+    source = write(tmp_path / "rows.jsonl", text_rows(3))
+    prepared = prepare(source, rendering, SETTINGS, tmp_path / "p", name=name)
+    assert prepared.folder.parent == tmp_path / "p" / "prepared"
+    assert prepared.folder.name == f"{folder}-{prepared.fingerprint[:16]}"
+    assert prepare(source, rendering, SETTINGS, tmp_path / "p", name=name) == prepared
+
+
 def test_a_stream_is_prepared_as_its_rows_are(tmp_path: Path, rendering: Rendering) -> None:
     rows = [{**row, "margin": 0.5, "day": datetime.date(2026, 1, 1)} for row in chat_rows(30)]
     drawn: list[int] = []

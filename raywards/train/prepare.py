@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -48,6 +49,7 @@ _FORMAT = 4
 _ROWS_PER_SHARD = 20_000
 _ROWS_PER_CHUNK = 1000
 _BAD_ROWS_SHOWN = 5
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def prepare(
     parent = storage.local / PREPARED
     parent.mkdir(parents=True, exist_ok=True)
     is_seen_by_all = storage.shared or not any(rows.is_stream for rows in row_sets)
-    partial = parent / f".{name}.{uuid.uuid4().hex[:8]}.partial"
+    # Names of held-out sets are people's, and may hold slashes; the fingerprint tells them apart.
+    folder_name = re.sub(r"\W+", "-", name, flags=re.ASCII)[:_LONGEST_NAME]
+    partial = parent / f".{folder_name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir()
     try:
         row_sets = [
@@ -128,7 +132,7 @@ def prepare(
             for place, rows in enumerate(row_sets)
         ]
         fingerprint = _fingerprint(row_sets, rendering, settings)
-        folder = parent / f"{name}-{fingerprint[:16]}"
+        folder = parent / f"{folder_name}-{fingerprint[:16]}"
         in_run = f"{PREPARED}/{folder.name}"
         if _find(folder) is None:
             storage.pull(in_run)
