@@ -123,7 +123,7 @@ def digest_of_weights(model: Any, kwargs: dict[str, Any], untrained: Sequence[st
     """
     digest = hashlib.sha256()
     if isinstance(model, (str, os.PathLike)):
-        folder = Path(_resolve_path(model))
+        folder = Path(_resolve_path(model), kwargs.get("subfolder", ""))
         if not folder.is_dir():
             digest.update(str(_load_config(str(model), kwargs)._commit_hash).encode())
         for file in _weight_files(folder):
@@ -132,8 +132,9 @@ def digest_of_weights(model: Any, kwargs: dict[str, Any], untrained: Sequence[st
     else:
         named = dict(model.named_parameters())
         for name in sorted(untrained):
-            values = named[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(name.encode() + values.numpy().tobytes())
+            values = named[name].detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
+            digest.update(values.view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

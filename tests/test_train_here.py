@@ -557,3 +557,35 @@ def test_an_empty_mapping_of_held_out_sets_is_refused(
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="eval_dataset: is an empty mapping"):
         trainer.evaluate()
+
+
+def test_held_out_rows_beyond_the_model_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    """And the advice can be followed, in the same folder."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    bounded = tiny_qwen2(
+        tmp_path / "model", num_labels=None, max_position_embeddings=256, rope_parameters=rope
+    )
+    short, long = conversation_rows(4, seed=1), conversation_rows(4, seed=2)
+    long[2]["chosen"] = [{**m, "content": m["content"] + " and" * 256} for m in long[2]["chosen"]]
+
+    def trainer(**changes: Any) -> RewardTrainer:
+        steps = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+        return RewardTrainer(
+            str(bounded),
+            RewardConfig(
+                **settings(tmp_path / "run", save_strategy="steps", **{**steps, **changes})
+            ),
+            train_dataset=datasets.Dataset.from_list(ROWS),
+            eval_dataset={
+                "short": datasets.Dataset.from_list(short),
+                "long": datasets.Dataset.from_list(long),
+            },
+        )
+
+    first = trainer()
+    with pytest.raises(ConfigError, match=r"tokens in 'eval_long'.* Set max_length=256"):
+        first.train()
+    assert not first.state.log_history
+    assert not complete_checkpoints(tmp_path / "run")
+    metrics = trainer(max_length=256).train().metrics
+    assert (metrics["eval_long_num_pairs"], metrics["eval_short_num_pairs"]) == (3, 4)

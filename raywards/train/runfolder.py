@@ -88,6 +88,10 @@ def refuse_other_run(where: str, theirs: Mapping[str, Any], ours: Mapping[str, A
     ]
     if "pairs" in differing:
         lines.append("  (`pairs` covers the rows, their source, the rendering, the version)")
+    if "untrained_weights" in differing:
+        lines.append(
+            "  (what is not trained is in no checkpoint: it is taken from the model again)"
+        )
     raise CheckpointError(
         "\n".join([f"{where} of another run:", *lines])
         + "\nGo back to those settings to continue it, or give this run another output_dir or "

@@ -174,6 +174,8 @@ class RewardTrainer(FinishedRun):
         """Rows left out of each set, by reason."""
         self._model_kwargs = _model_kwargs(self.args, model, quantization_config)
         self._model = model
+        self._described = None if isinstance(model, str) else describe_files(model, {})
+        """Of an object: training may give it a larger vocabulary."""
         self.processing_class = change_tokenizer(
             processing_class
             or load_tokenizer(
@@ -433,7 +435,7 @@ class RewardTrainer(FinishedRun):
         stage = default_stage(most_ranks=self._most_ranks, half_weights=half)
         facts = {
             "model": self.model_id,
-            "model_files": describe_files(self._model, self._model_kwargs),
+            "model_files": self._described or describe_files(self._model, self._model_kwargs),
             "rendering": self._rendering.fingerprint(),
             "bf16": self._bf16,  # unset means True
             "model_init_kwargs": {
@@ -459,7 +461,9 @@ class RewardTrainer(FinishedRun):
         model, which must be the same then."""
         untrained: list[str] = []
         if not isinstance(self._model, str):
-            untrained = [n for n, p in self._model.named_parameters() if not p.requires_grad]
+            named = self._model.named_parameters()
+            # The head that peft keeps beside the trained one is drawn at random, and unused.
+            untrained = [n for n, p in named if not p.requires_grad and "original_module" not in n]
             untrained += frozen_names(self._model, self.args.freeze or [])
         return digest_of_weights(self._model, self._model_kwargs, untrained)
 

@@ -220,10 +220,11 @@ def plan_rows(engine: Any, job: Job, pairs: PairTable, session: Session) -> Rows
     settle_path(model, run=engine, autocast=bf16)
     longest = int(pairs.lengths.max())
     # Also the held-out ones: max_length cannot be mended once there are checkpoints.
-    every = [longest, *(int(PairTable(folder).lengths.max()) for folder in job.evals.values())]
-    if max(every) > model.max_tokens:
+    held_out = {name: int(PairTable(f).lengths.max()) for name, f in job.evals.items()}
+    found, name = max((tokens, name) for name, tokens in {"train": longest, **held_out}.items())
+    if found > model.max_tokens:
         raise ConfigError(
-            f"max_length={config.max_length}: there are sequences of {max(every)} tokens, "
+            f"max_length={config.max_length}: there are sequences of {found} tokens in {name!r}, "
             f"and beyond {model.max_tokens} a reward of {type(model.inner).__name__} depends on "
             f"what else is in its batch (docs/families.md). Set max_length={model.max_tokens}."
         )
