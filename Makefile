@@ -29,14 +29,17 @@ demo: $(STAMP)  ## train, serve and score a tiny reward model on this machine
 
 test test-fast test-slow: export HF_HUB_OFFLINE := 1
 
+# Two processes share the tests (tests/conftest.py says how); ARGS='-n 0' runs them in one.
+PYTEST := python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: check  ## what a change must pass: check, then all tests but the slow
-	python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-fast: $(STAMP)  ## the tests that neither start Ray nor train, in about a minute
-	python -m pytest -m "not ray and not trains and not slow" $(ARGS)
+	$(PYTEST) -m "not ray and not trains and not slow" $(ARGS)
 
 test-slow: $(STAMP)  ## the exhaustive rest
-	python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 check: $(STAMP)  ## format, lint and types
 	ruff format --check .
