@@ -37,14 +37,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 sys.path.insert(0, str(ROOT))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes run the tests: all that start Ray in one, first; the others file by file."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 def ray_children() -> list[psutil.Process]:
     """Ray's node processes below this one."""
     found = []

@@ -73,7 +73,7 @@ def head(ports: list[int]) -> Iterator[str]:
             command, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not answers(f"{address}/api/version"):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
