@@ -161,8 +161,8 @@ def digest(folder: Path) -> str:
 
 def prepare_side(source: str, out: str, tokenizer: str, tasks: int) -> dict[str, Any]:
     from raywards.loader import load_tokenizer
+    from raywards.ray_cluster import connect
     from raywards.rendering import Rendering
-    from raywards.train.cluster import connect
     from raywards.train.prepare import EncodeSettings, prepare
     from raywards.train.storage import SharedFolder
 

@@ -6,6 +6,7 @@ No test reaches a hub or a network; no Ray process outlives the session.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # tiny models on shared cores: several threads cost five times the time
     RAY_AUTH_MODE="disabled",  # by default a local Ray writes ~/.ray/auth_token
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
+    # Short: sockets lie below it. Its own: the default may name a cluster that was killed.
+    RAY_TMPDIR=f"{tempfile.gettempdir()}/rw{os.getpid()}",
     RAY_USAGE_STATS_ENABLED="0",
     TOKENIZERS_PARALLELISM="false",
     TRACKIO_DIR=str(Path(tempfile.gettempdir()) / "raywards-tests-trackio"),
@@ -57,6 +60,7 @@ def no_ray_process_is_left() -> Iterator[None]:
     left = [f"{process.name()} ({process.pid})" for process in alive]
     for process in alive:
         process.kill()
+    shutil.rmtree(os.environ["RAY_TMPDIR"], ignore_errors=True)
     assert not left, f"the tests left Ray running: {', '.join(left)}"
 
 

@@ -31,7 +31,7 @@ LAYERS = [
     ["settle", "invariance"],
     ["checkpoint"],
     ["scorer"],
-    ["train.table", "train.storage", "train.tasks", "train.callbacks"],
+    ["train.table", "train.storage", "train.tasks", "train.callbacks", "ray_cluster"],
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         *("train.object_storage", "train.hub"),

@@ -42,6 +42,7 @@ from raywards.errors import (
     ServiceError,
     UnreachableError,
 )
+from raywards.ray_cluster import check_recorded_address
 from raywards.schemas import ErrorBody, parse_body
 from raywards.serve.batcher import raised_at
 from raywards.serve.dialects import Route, native
@@ -446,9 +447,15 @@ def _log_no_messages() -> None:
 
 
 def _start(config: ServeConfig) -> None:
-    """Have Serve and its HTTP server running. Raises `ConfigError` where the port is taken."""
+    """Have Serve and its HTTP server running.
+
+    Raises `ConfigError` where the port is taken, or this machine's cluster is gone.
+    """
+    import ray
     from ray import serve
 
+    if not ray.is_initialized():
+        check_recorded_address()
     try:
         serve.start(http_options={"host": config.host, "port": config.port})
     except RuntimeError as error:

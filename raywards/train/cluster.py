@@ -19,7 +19,8 @@ import torch
 import transformers
 
 from raywards.config import HUGE_PAGES, RewardConfig, worker_range
-from raywards.errors import ConfigError, RaywardsError, TrainingError
+from raywards.errors import RaywardsError, TrainingError
+from raywards.ray_cluster import connect, installed
 from raywards.train.job import Job
 from raywards.train.loop import train
 from raywards.train.runlog import RunLog
@@ -29,25 +30,6 @@ from raywards.train.storage import Storage
 logger = logging.getLogger(__name__)
 
 _START_TIMEOUT, _START_TIMEOUT_S = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15"
-
-
-def connect() -> Any:
-    """The `ray` module, connected: to the cluster of RAY_ADDRESS, or to a new local one."""
-    ray = _installed()
-    if not ray.is_initialized():
-        ray.init()
-    return ray
-
-
-def _installed() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            "num_workers above 0 and dataset_num_proc above 1 need Ray: pip install "
-            "'raywards[train]', or leave both out."
-        ) from None
-    return ray
 
 
 @contextlib.contextmanager
@@ -62,14 +44,14 @@ def ray_for_tasks(config: RewardConfig) -> Iterator[Callable[[], Any] | None]:
     started = []
 
     def connect_and_tell() -> Any:
-        started.append(not _installed().is_initialized())
+        started.append(not installed().is_initialized())
         return connect()
 
     try:
         yield connect_and_tell
     finally:
         if any(started) and config.num_workers == 0:
-            _installed().shutdown()
+            installed().shutdown()
 
 
 def run_on_ray(

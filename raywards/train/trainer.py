@@ -39,6 +39,7 @@ from raywards.loader import (
     grow_vocabulary,
     load_tokenizer,
 )
+from raywards.ray_cluster import connect
 from raywards.rendering import Rendering
 from raywards.train.adapters import (
     adopt,
@@ -49,7 +50,7 @@ from raywards.train.adapters import (
 )
 from raywards.train.best import Goal
 from raywards.train.callbacks import Callbacks
-from raywards.train.cluster import connect, run_on_ray
+from raywards.train.cluster import run_on_ray
 from raywards.train.finished import FinishedRun
 from raywards.train.job import Job
 from raywards.train.loop import evaluate_alone, train
