@@ -23,7 +23,7 @@ from raywards.train.storage import node_folder
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 ROWS = conversation_rows(45)
-STEPS = 12
+STEPS = 32  # the driver's word to stop comes some steps late
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def trainer(model: Path, output: Path, *, ends: bool = False, **changes: Any) ->
         "use_cpu": True,
         "bf16": False,
         "deepspeed": 2,
-        "learning_rate": 1e-2,
+        "learning_rate": 5e-3,
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
@@ -88,12 +88,14 @@ def test_two_workers_then_one_on_another_machine_end_in_the_weights_of_a_disk(
     assert losses(one)[0] - losses(one)[-1] > 0.1, "nothing was learned: proves nothing"
 
     monkeypatch.setattr(prepare, "_ROWS_PER_SHARD", 10)
-    first = trainer(model, tmp_path / "first" / "rm", storage_path=store.address, ends=True)
+    first = trainer(
+        model, tmp_path / "first" / "rm", storage_path=store.address, save_steps=1, ends=True
+    )
     with pytest.raises(ZeroDivisionError):
         first.train()
     prepared = [name for name in store.files() if "/prepared/" in name and "pairs-" in name]
     assert len(prepared) == 5, "the pairs were not encoded as tasks"
-    [(step, _)] = first.storage.checkpoints()
+    step, _ = first.storage.checkpoints()[-1]
     assert 0 < step < STEPS
     assert not list(first.paths.run.glob("checkpoint-*"))
 
