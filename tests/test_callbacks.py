@@ -152,7 +152,11 @@ def test_a_callback_stops_a_run_which_can_be_continued(model: Path, tmp_path: Pa
     [checkpoint] = complete_checkpoints(stopped.paths.run)
     assert read_manifest(checkpoint, kind="checkpoint")["step"] == 5
 
-    [stops] = [c for c in stopped.callback_handler.callbacks if isinstance(c, StopAt)]
+    callbacks = stopped.callback_handler
+    assert callbacks.stopping
+    callbacks.new_run()
+    assert not callbacks.stopping, "a worker's note before its start would end the next run"
+    [stops] = [c for c in callbacks.callbacks if isinstance(c, StopAt)]
     stops.step = 7
     assert stopped.train().global_step == 7, "what ended the last call ended this one"
     continued = trainer(model, tmp_path / "run", **quiet)

@@ -208,6 +208,26 @@ def test_a_copy_is_brought_once_and_again_where_asked(tmp_path: Path, store: Obj
     assert not (other.local / "nothing-of-that-name").exists()
 
 
+def test_what_is_half_replaced_is_not_complete(
+    tmp_path: Path, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = ObjectStorage(store.address, "rm", tmp_path / "driver")
+    export = driver.local / "export"
+    export.mkdir(parents=True)
+    (export / "a").write_text("first")
+    write_manifest(export, {"kind": "export"}, {"a": 5})
+    driver.push("export")
+    assert driver.read("export/raywards.json") is not None
+
+    def fails(*_: Any) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(ObjectStorage, "_upload", fails)
+    with pytest.raises(OSError, match="no connection"):
+        driver.push("export")
+    assert driver.read("export/raywards.json") is None
+
+
 def test_a_worker_has_a_copy_of_this_start_alone(tmp_path: Path, store: ObjectStore) -> None:
     first = ObjectStorage(store.address, "rm", tmp_path / "driver")
     copies = {pickle.loads(pickle.dumps(first)).on_worker().local for _ in range(2)}
@@ -278,6 +298,18 @@ def test_a_hold_of_a_killed_process_is_seen_through(
         with ObjectStorage(store.address, "rm", tmp_path / "b").hold():
             pass
         assert store.files() == {}
+
+
+def test_a_hold_that_another_took_over_is_left_to_it(
+    store: ObjectStore, tmp_path: Path, quick_beats: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = ObjectStorage(store.address, "rm", tmp_path / "a")
+    theirs = json.dumps({"by": "x", "beats": 1, "holder": "process 1 elsewhere"})
+    with ours.hold():
+        ours.write("run.lock", theirs)
+        time.sleep(1)
+    assert ours.read("run.lock") == theirs.encode()
+    assert "another run trains into this folder now (process 1 elsewhere)" in caplog.text
 
 
 def test_of_two_that_begin_at_once_one_goes_on(

@@ -295,7 +295,9 @@ class _Hold:
         self._done.set()
         self._thread.join()
         try:
-            self._storage.delete(LOCK)
+            found = self._read()
+            if found is not None and found["by"] == self._own:  # not one that took over meanwhile
+                self._storage.delete(LOCK)
         except OSError as error:  # a later start waits for it to grow old
             logger.warning("%s", error)
 
