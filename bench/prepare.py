@@ -250,7 +250,9 @@ class Watch:
         return seconds, {"peak_mib": self._peaks, "others_cores": others}
 
     def _sample(self) -> None:
-        while not self._done.wait(0.2):
+        done = False
+        while not done:
+            done = self._done.wait(0.2)  # a last look at the end, however soon that comes
             for process in self._processes():
                 try:
                     kind = "driver" if process.pid == os.getpid() else process.name()
