@@ -528,6 +528,8 @@ class ServeConfig(_Frozen):
     """GPUs of one replica."""
     api_key: SecretStr | None = None
     """Key that clients must send as `Authorization: Bearer KEY`."""
+    api_key_file: str | None = None
+    """File of keys, a client a line: `NAME KEY`. It is read again when it changes."""
     host: str = "127.0.0.1"
     """Address that the HTTP server binds; `0.0.0.0` for other machines to reach it."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

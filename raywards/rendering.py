@@ -114,18 +114,17 @@ class Rendering:
         self._check_text(text)
         eos = self.tokenizer.eos_token
         whole = text if eos is None or text.endswith(eos) else text + eos
-        ids = self._encoder.ids(whole, special_tokens=True)
-        # The tokenizer's own BOS or EOS beside the one in the text: TRL keeps both.
-        bos_id, eos_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if self._adds_bos and ids[:2] == [bos_id, bos_id]:
-            ids = ids[1:]
-        if self._adds_eos and ids[-2:] == [eos_id, eos_id]:
-            ids = ids[:-1]
-        return self._closed(ids)
+        return self._closed(self._dressed(whole))
 
-    def encode_rendered(self, text: str) -> list[int]:
-        """The ids of text that a chat template has rendered: specials recognised, none added."""
+    def encode_rendered(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """The ids of text that a chat template has rendered: specials recognised, none added.
+
+        With `special_tokens`, the tokenizer opens and closes it as it does any text; a BOS or EOS
+        that stands there already is not repeated. Raises `ConversationError`.
+        """
         self._check_text(text)
+        if special_tokens:
+            return self._closed(self._dressed(text))
         return self._closed(self._encoder.ids(text, special_tokens=False))
 
     def split(self, ids: Sequence[int]) -> int:
@@ -241,6 +240,19 @@ class Rendering:
                     message_index=index,
                 )
         return text
+
+    def _dressed(self, text: str) -> list[int]:
+        """With the tokenizer's own BOS and EOS, each once where it is in the text, too.
+
+        TRL keeps both.
+        """
+        ids = self._encoder.ids(text, special_tokens=True)
+        bos_id, eos_id = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if self._adds_bos and ids[:2] == [bos_id, bos_id]:
+            ids = ids[1:]
+        if self._adds_eos and ids[-2:] == [eos_id, eos_id]:
+            ids = ids[:-1]
+        return ids
 
     def _check_text(self, text: object) -> None:
         if not isinstance(text, str):

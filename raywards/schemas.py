@@ -133,16 +133,16 @@ def _check_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
     for name, value in variables.items():
         field = field_path(("chat_template_kwargs", name))
         if name in _RESERVED_VARIABLES or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,63}", name):
-            raise _finding(field, "is not a variable that a request may set")
+            raise finding(field, "is not a variable that a request may set")
         if value is None or isinstance(value, bool):
             continue
         if isinstance(value, str):
             if len(_whole_text(value)) > _MAX_KWARG_CHARACTERS:
-                raise _finding(field, f"is longer than {_MAX_KWARG_CHARACTERS} characters")
+                raise finding(field, f"is longer than {_MAX_KWARG_CHARACTERS} characters")
         elif not isinstance(value, int | float):
-            raise _finding(field, f"expected a string, number, boolean or null, got {_kind(value)}")
+            raise finding(field, f"expected a string, number, boolean or null, got {_kind(value)}")
         elif not abs(value) <= _MAX_KWARG_NUMBER:
-            raise _finding(field, f"is not a number of at most {_MAX_KWARG_NUMBER}")
+            raise finding(field, f"is not a number of at most {_MAX_KWARG_NUMBER}")
     return variables
 
 
@@ -160,7 +160,9 @@ TemplateVariables = Annotated[
 ]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A body: no unknown field, no number for a string, nothing that is infinite."""
+
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
@@ -171,7 +173,7 @@ class _Strict(BaseModel):
     )
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """A piece of a message's content. Images and sound are not scored."""
 
     type: Literal["text"]
@@ -180,7 +182,7 @@ class TextPart(_Strict):
     """The piece."""
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn of a conversation. Control tokens in it are read as plain text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -212,7 +214,7 @@ class Message(_Strict):
 OneConversation = Some[Message]
 
 
-class RewardRequest(_Strict):
+class RewardRequest(Strict):
     """Body of `POST /v1/reward`: exactly one of `messages`, `prompt` with `responses`, `input`,
     `input_ids`."""
 
@@ -276,19 +278,19 @@ class RewardRequest(_Strict):
         if (self.responses is None) != (self.prompt is None):
             absent = "responses" if self.responses is None else "prompt"
             present = "prompt" if self.responses is None else "responses"
-            raise _finding(absent, f"is missing beside `{present}`")
+            raise finding(absent, f"is missing beside `{present}`")
         given = [name for name in INPUTS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise _finding(
+            raise finding(
                 given[1] if given else None,
                 "expected exactly one of `messages`, `prompt` with `responses`, `input`, "
                 f"`input_ids`; got {' and '.join(given) or 'none of them'}",
             )
         for name in ("chat_template_kwargs", "tools"):
             if getattr(self, name) is not None and given[0] in ("input", "input_ids"):
-                raise _finding(name, f"has no effect on `{given[0]}`; leave it out")
+                raise finding(name, f"has no effect on `{given[0]}`; leave it out")
         if self.ids is not None and len(self.ids) != self.count():
-            raise _finding("ids", f"has {len(self.ids)} names for {self.count()} sequences")
+            raise finding("ids", f"has {len(self.ids)} names for {self.count()} sequences")
         return self
 
     @classmethod
@@ -306,13 +308,15 @@ class RewardRequest(_Strict):
         return len(given)
 
 
-class _Reply(BaseModel):
+class ReplyModel(BaseModel):
+    """A part of a reply: fields that a client does not know are passed over."""
+
     model_config = ConfigDict(
         extra="ignore", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
 
-class ErrorInfo(_Reply):
+class ErrorInfo(ReplyModel):
     """Why a request, or one sequence of it, has no reward."""
 
     message: str
@@ -327,14 +331,14 @@ class ErrorInfo(_Reply):
     """Header `x-request-id` of the request, for the server's log."""
 
 
-class ErrorBody(_Reply):
+class ErrorBody(ReplyModel):
     """Body of every reply that is not a success."""
 
     error: ErrorInfo
     """What went wrong."""
 
 
-class RewardItem(_Reply):
+class RewardItem(ReplyModel):
     """The reward of one sequence."""
 
     index: int
@@ -353,7 +357,7 @@ class RewardItem(_Reply):
     """Why there is no reward, with `on_error="item"`."""
 
 
-class Usage(_Reply):
+class Usage(ReplyModel):
     """Tokens of the request."""
 
     prompt_tokens: int
@@ -364,7 +368,7 @@ class Usage(_Reply):
     """Tokens that were not computed again."""
 
 
-class Timing(_Reply):
+class Timing(ReplyModel):
     """Where the time went, in milliseconds."""
 
     queue_ms: float
@@ -377,7 +381,7 @@ class Timing(_Reply):
     """Sequences in the largest batch that had a part in the request."""
 
 
-class RewardResponse(_Reply):
+class RewardResponse(ReplyModel):
     """Reply to `POST /v1/reward`: one item per sequence, in the order of the request."""
 
     id: str
@@ -525,7 +529,8 @@ def _kind(value: object) -> str:
     return f"a {type(value).__name__}"
 
 
-def _finding(field: str | None, reason: str) -> PydanticCustomError:
+def finding(field: str | None, reason: str) -> PydanticCustomError:
+    """For validators: what is wrong with `field`, or with the body as a whole."""
     return PydanticCustomError("raywards", "{reason}", {"field": field, "reason": reason})
 
 

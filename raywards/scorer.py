@@ -238,9 +238,15 @@ class Scorer:
             turns = [*turns, *response]
         return self.encode(turns, chat_template_kwargs=chat_template_kwargs, truncation=truncation)
 
-    def encode_rendered(self, text: str, *, truncation: Truncation = "error") -> list[int]:
-        """Token ids of text that a chat template has rendered already: nothing is added to it."""
-        return self.check_ids(self._rendering.encode_rendered(text), truncation=truncation)
+    def encode_rendered(
+        self, text: str, *, special_tokens: bool = False, truncation: Truncation = "error"
+    ) -> list[int]:
+        """Token ids of text that a chat template has rendered already: nothing is added to it.
+
+        With `special_tokens`, the tokenizer adds its own, as `Rendering.encode_rendered` says.
+        """
+        ids = self._rendering.encode_rendered(text, special_tokens=special_tokens)
+        return self.check_ids(ids, truncation=truncation)
 
     def check_ids(self, ids: Sequence[int], *, truncation: Truncation = "error") -> list[int]:
         """`ids` as they will be scored: in the vocabulary, and no longer than `max_length`."""
@@ -273,6 +279,17 @@ class Scorer:
         sequence whose reward is NaN or infinite.
         """
         return self._forward([self.check_ids(ids) for ids in sequences])
+
+    def split(self, ids: Sequence[int]) -> int:
+        """How many of the first ids are shared with other answers to the same conversation, so far
+        as a forward can make use of it; 0: none."""
+        shares = not self._model.pads and len(ids) <= self._model.window
+        return self._rendering.split(ids) if shares else 0
+
+    def free_memory(self) -> None:
+        """Give memory that no tensor uses back to the device, as after running out of it."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def verify(self) -> None:
         """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
@@ -328,7 +345,7 @@ class Scorer:
         longest = 0 if self._model.pads else self._model.window
         long = [i for i, length in enumerate(lengths) if length > longest]
         short = [i for i, length in enumerate(lengths) if length <= longest]
-        splits = {i: self._rendering.split(sequences[i]) for i in short}
+        splits = {i: self.split(sequences[i]) for i in short}
         rows = fill_rows(group_by_prefix(sequences, splits), lengths, **limits)
         return rows + fill_batches({i: lengths[i] for i in long}, **limits)
 
@@ -365,6 +382,8 @@ class Scorer:
             "bound": bounds.get(dtype, bounds.get("bfloat16")),
             "revision": f"sha256:{digest.hexdigest()}",
             "training": (self._manifest or {}).get("training"),
+            "label": (getattr(self._model.inner.config, "id2label", None) or {}).get(0, "LABEL_0"),
+            "problem_type": getattr(self._model.inner.config, "problem_type", None),
         }
 
 

@@ -19,10 +19,10 @@ import time
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from raywards.errors import (
     DeadlineError,
@@ -35,6 +35,7 @@ from raywards.errors import (
 logger = logging.getLogger(__name__)
 
 Score = Callable[[list[list[int]]], list[float]]
+"""Rewards of unique sequences, in order. `MemoryError`: fewer at once could do."""
 Cost = Callable[[int, int, int], int]
 """Cost in tokens of one forward, from its count of sequences, the longest, and their sum."""
 
@@ -139,39 +140,61 @@ class Batcher:
         self._owner = asyncio.get_running_loop().create_task(self._own(), name="batcher")
 
     async def submit(
-        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        prefixes: Sequence[int] | None = None,
+        deadline: float | None = None,
     ) -> list[float]:
         """One reward per sequence, in order.
 
-        `deadline` is an instant of `time.monotonic()`. Raises `OverloadedError` where the queue is
+        `prefixes`: of each sequence, the length of the part that others may share with it: such
+        sequences are put into one batch, and count it once. `deadline` is an instant of
+        `time.monotonic()`. Raises `OverloadedError` where the queue is
         full or closing, `RequestRefusedError` where it could never hold the request,
         `DeadlineError`, and `ServiceError` where scoring failed. If the caller is cancelled, what
         was not yet computed will not be.
         """
-        return (await self.submit_timed(sequences, deadline=deadline)).rewards
+        return (await self.submit_timed(sequences, prefixes=prefixes, deadline=deadline)).rewards
 
     async def submit_timed(
-        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        prefixes: Sequence[int] | None = None,
+        deadline: float | None = None,
     ) -> Scored:
         """`submit`, with where the time went."""
-        [outcome] = await self._submit([sequences], deadline, at_front=False)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        together = _Submission(sequences, prefixes, deadline)
+        async with aclosing(self._submit([together], deadline)) as outcomes:
+            return _given(await anext(outcomes))
 
     async def submit_each(
-        self, sequences: Sequence[Sequence[int]], *, deadline: float | None = None
-    ) -> list[Scored | Exception]:
-        """Like `submit_timed`, but each sequence succeeds or fails on its own."""
-        return await self._submit([[ids] for ids in sequences], deadline, at_front=False)
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        prefixes: Sequence[int] | None = None,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[tuple[int, Scored | Exception], None]:
+        """Each sequence with its position, as it succeeds or fails on its own.
+
+        Raises, before the first, what `submit` raises at once.
+        """
+        singly = [
+            _Submission([ids], [prefix], deadline)
+            for ids, prefix in zip(sequences, prefixes or [0] * len(sequences), strict=True)
+        ]
+        async with aclosing(self._submit(singly, deadline)) as outcomes:
+            async for outcome in outcomes:
+                yield outcome
 
     async def probe(self, ids: Sequence[int], *, deadline: float) -> None:
         """Score one sequence ahead of the queue, to see that scores still come out."""
         if not self.healthy:
             raise ServiceError("the batcher of this replica is not running", status=500)
-        [outcome] = await self._submit([[ids]], deadline, at_front=True)
-        if isinstance(outcome, Exception):
-            raise outcome
+        canary = _Submission([ids], None, deadline)
+        async with aclosing(self._submit([canary], deadline, at_front=True)) as outcomes:
+            _given(await anext(outcomes))
 
     def retry_after_s(self) -> float:
         """When there should be room again: the backlog at the measured speed, 1 to 60 seconds."""
@@ -190,33 +213,39 @@ class Batcher:
     # ---- admission
 
     async def _submit(
-        self, groups: Sequence[Sequence[Sequence[int]]], deadline: float | None, *, at_front: bool
-    ) -> list[Scored | Exception]:
-        """Queue each group as a unit that succeeds or fails; all are admitted, or none."""
-        tokens = sum(len(ids) for group in groups for ids in group)
+        self,
+        submissions: Sequence[_Submission],
+        deadline: float | None,
+        *,
+        at_front: bool = False,
+    ) -> AsyncGenerator[tuple[int, Scored | Exception], None]:
+        """Queue each submission, which succeeds or fails as a unit; all are admitted, or none."""
         if not at_front:
-            self._admit(tokens, sum(map(len, groups)))
-        submissions = [_Submission(group, deadline) for group in groups]
+            self._admit([entry.length for each in submissions for entry in each.entries])
         for submission in submissions:
             self._waiting.add(submission)
             (self._queue.extendleft if at_front else self._queue.extend)(submission.entries)
             self._count(submission.entries, +1)
         self._work.set()
+        left = {submission.done: index for index, submission in enumerate(submissions)}
         try:
-            if submissions:
-                await asyncio.wait(
-                    [submission.done for submission in submissions],
+            while left:
+                done, _ = await asyncio.wait(
+                    left,
                     timeout=None if deadline is None else deadline - time.monotonic(),
+                    return_when=asyncio.FIRST_COMPLETED,
                 )
-            for submission in submissions:
-                submission.fail(_too_late())  # unless it is done
+                for future in sorted(done or left, key=left.__getitem__):
+                    index = left.pop(future)
+                    submissions[index].fail(_too_late())  # unless it is done
+                    yield index, submissions[index].outcome()
         finally:
             for submission in submissions:
                 self._waiting.discard(submission)
                 self._void(submission)
-        return [submission.outcome() for submission in submissions]
 
-    def _admit(self, tokens: int, count: int) -> None:
+    def _admit(self, lengths: Sequence[int]) -> None:
+        tokens, count = sum(lengths), len(lengths)
         if self._closing or (self._owner is not None and self._owner.done()):
             raise OverloadedError(
                 "this replica is stopping; try again, another one takes over",
@@ -291,16 +320,13 @@ class Batcher:
         same: dict[bytes, list[_Entry]] = {}
         for entry in window:
             same.setdefault(entry.key, []).append(entry)
-        filling.add(first.key, first.length)
+        filling.add(first)
         for entry in window[1:]:
             if entry.overtaken >= _MOST_OVERTAKEN and entry.key not in filling.chosen:
-                if not filling.fits(entry.length):
+                if not filling.fits(entry):
                     break
-                filling.add(entry.key, entry.length)
-        filling.add_neighbours(
-            first.length,
-            [(twins[0].length, key) for key, twins in same.items() if key not in filling.chosen],
-        )
+                filling.add(entry)
+        filling.add_neighbours([twins[0] for twins in same.values()], first)
         batch = [entry for key in filling.chosen for entry in same[key]]
         self._take(batch, window)
         return batch
@@ -345,6 +371,9 @@ class Batcher:
     async def _compute(self, batch: list[_Entry]) -> None:
         try:
             rewards, seconds = await self._forward(batch)
+        except MemoryError:
+            self.stats.failed_batches += 1
+            await self._halve(batch)
         except Exception as error:
             self.stats.failed_batches += 1
             logger.warning(
@@ -355,6 +384,29 @@ class Batcher:
             await self._isolate(batch)
         else:
             self._deliver(batch, rewards, seconds)
+
+    async def _halve(self, batch: list[_Entry]) -> None:
+        """Too much at once: each half on its own, and less at once from now on."""
+        keys = list({entry.key: entry for entry in batch}.values())
+        if len(keys) == 1:
+            for entry in batch:
+                entry.submission.fail(_too_large(entry))
+            return
+        cost = self._cost(len(keys), max(k.length for k in keys), sum(k.length for k in keys))
+        self._max_batch_tokens = min(self._max_batch_tokens, max(1, cost // 2))
+        logger.warning(
+            "no memory for a batch of %d tokens; batches have at most %d from now on",
+            cost,
+            self._max_batch_tokens,
+        )
+        first = {entry.key for entry in keys[: len(keys) // 2]}
+        for half in (
+            [entry for entry in batch if entry.key in first],
+            [entry for entry in batch if entry.key not in first],
+        ):
+            wanted = [entry for entry in half if not entry.submission.done.done()]
+            if wanted:
+                await self._compute(wanted)
 
     async def _isolate(self, batch: list[_Entry]) -> None:
         """Whose input was it? Each request's part runs once more, without the others'."""
@@ -416,8 +468,17 @@ class Batcher:
 class _Submission:
     """Sequences that are answered together."""
 
-    def __init__(self, sequences: Sequence[Sequence[int]], deadline: float | None) -> None:
-        self.entries = [_Entry(ids, i, self) for i, ids in enumerate(sequences)]
+    def __init__(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prefixes: Sequence[int] | None,
+        deadline: float | None,
+    ) -> None:
+        shared = prefixes or [0] * len(sequences)
+        self.entries = [
+            _Entry(ids, i, self, prefix)
+            for i, (ids, prefix) in enumerate(zip(sequences, shared, strict=True))
+        ]
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.forward_s = 0.0
         self.batch_size = 0
@@ -462,60 +523,86 @@ class _Entry:
     ids: Sequence[int]
     index: int
     submission: _Submission
+    prefix_length: int = 0
+    """Of the part that other sequences may share, in tokens."""
     overtaken: int = 0
     queued: bool = True
     length: int = field(init=False)
     key: bytes = field(init=False)
     """The ids again: bytes remember their hash, and are compared fast."""
+    prefix: bytes = field(init=False)
+    """The ids of the shared part; empty where there is none."""
 
     def __post_init__(self) -> None:
-        self.length = len(self.ids)
-        self.key = array("q", self.ids).tobytes()
+        ids = array("q", self.ids)
+        self.length = len(ids)
+        self.key = ids.tobytes()
+        self.prefix = ids[: self.prefix_length].tobytes()
 
 
 @dataclass
 class _Filling:
-    """A batch that is being put together."""
+    """A batch that is being put together. A prefix is counted once for all that share it."""
 
     cost: Cost
     max_tokens: int
     max_sequences: int
     chosen: dict[bytes, None] = field(default_factory=dict)
+    prefixes: set[bytes] = field(default_factory=set)
     longest: int = 0
     total: int = 0
 
-    def fits(self, length: int) -> bool:
-        return len(self.chosen) < self.max_sequences and self._with(length) <= self.max_tokens
+    def fits(self, entry: _Entry) -> bool:
+        return len(self.chosen) < self.max_sequences and self._with(entry) <= self.max_tokens
 
-    def add(self, key: bytes, length: int) -> None:
-        self.chosen[key] = None
-        self.longest = max(self.longest, length)
-        self.total += length
+    def add(self, entry: _Entry) -> None:
+        self.total += self._adds(entry)
+        self.longest = max(self.longest, entry.length)
+        self.chosen[entry.key] = None
+        self.prefixes.add(entry.prefix)
 
-    def add_neighbours(self, length: int, candidates: list[tuple[int, bytes]]) -> None:
-        """Add sequences in the order of how near their length is to `length`."""
+    def add_neighbours(self, entries: list[_Entry], first: _Entry) -> None:
+        """Add what shares the prefix of `first`, then others, the nearest in length first, each
+        with what shares its prefix."""
+        families: dict[bytes | int, list[_Entry]] = {}
+        for number, entry in enumerate(entries):
+            families.setdefault(entry.prefix or number, []).append(entry)
+
         # Sorting is stable: of equal lengths the oldest comes first.
-        longer = deque(sorted((c for c in candidates if c[0] >= length), key=itemgetter(0)))
-        shorter = deque(
-            sorted((c for c in candidates if c[0] < length), key=itemgetter(0), reverse=True)
-        )
-        while longer or shorter:
-            up = longer[0][0] - length if longer else math.inf
-            down = length - shorter[0][0] if shorter else math.inf
-            side = longer if up <= down else shorter
-            near, key = side.popleft()
-            if self.fits(near) and self._is_worth_it(near):
-                self.add(key, near)
-            else:
-                side.clear()  # what comes after it is farther off still
+        def distance(family: list[_Entry]) -> int:
+            near = family[0].prefix and family[0].prefix == first.prefix
+            return -1 if near else abs(family[0].length - first.length)
 
-    def _with(self, length: int) -> int:
-        longest = max(self.longest, length)
-        return self.cost(len(self.chosen) + 1, longest, self.total + length)
+        closed: set[bool] = set()
+        for family in sorted(families.values(), key=distance):
+            for entry in family:
+                is_longer = entry.length > first.length
+                if entry.key in self.chosen or is_longer in closed:
+                    continue
+                if self.fits(entry) and self._is_worth_it(entry):
+                    self.add(entry)
+                elif entry is family[0]:
+                    closed.add(is_longer)  # what comes after it is farther off still
+            if len(closed) == 2:
+                return
 
-    def _is_worth_it(self, length: int) -> bool:
-        extra = self._with(length) - self.cost(len(self.chosen), self.longest, self.total)
-        return extra <= _MOST_WASTE * self.cost(1, length, length) + _WASTE_TOKENS
+    def _adds(self, entry: _Entry) -> int:
+        return entry.length - (entry.prefix_length if entry.prefix in self.prefixes else 0)
+
+    def _with(self, entry: _Entry) -> int:
+        longest = max(self.longest, entry.length)
+        return self.cost(len(self.chosen) + 1, longest, self.total + self._adds(entry))
+
+    def _is_worth_it(self, entry: _Entry) -> bool:
+        extra = self._with(entry) - self.cost(len(self.chosen), self.longest, self.total)
+        return extra <= _MOST_WASTE * self.cost(1, entry.length, entry.length) + _WASTE_TOKENS
+
+
+def _given(outcome: tuple[int, Scored | Exception]) -> Scored:
+    _, scored = outcome
+    if isinstance(scored, Exception):
+        raise scored
+    return scored
 
 
 def raised_at(error: BaseException) -> str:
@@ -561,6 +648,16 @@ def _failed(what: str, cause: BaseException) -> ServiceError:
     )
     error.__cause__ = cause
     return error
+
+
+def _too_large(entry: _Entry) -> RequestRefusedError:
+    return RequestRefusedError(
+        f"sequence {entry.index} has {entry.length} tokens, for which this server has not enough "
+        "memory; send a shorter one",
+        status=413,
+        code="too_many_tokens",
+        index=entry.index,
+    )
 
 
 def _too_late() -> DeadlineError:

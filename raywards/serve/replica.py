@@ -15,10 +15,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from raywards.config import HUGE_PAGES, ServeConfig
@@ -32,6 +33,7 @@ from raywards.errors import (
 from raywards.rendering import truncate
 from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
 from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
+from raywards.serve.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ class ScorerLike(Encoder, Protocol):
     @property
     def packs(self) -> bool: ...
 
+    def split(self, ids: Sequence[int]) -> int: ...
+
+    def free_memory(self) -> None: ...
+
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
 
 
@@ -63,6 +69,8 @@ class ScorerLike(Encoder, Protocol):
 class _Encoded:
     ids: list[int]
     truncated: bool
+    prefix: int
+    """How many of the ids other sequences may begin with, too."""
 
 
 class RewardService:
@@ -70,9 +78,13 @@ class RewardService:
 
     def __init__(self, scorer: ScorerLike, config: ServeConfig) -> None:
         self.config = config
+        self.started_at = int(time.time())
+        self.keys = Keys(
+            config.api_key.get_secret_value() if config.api_key else None, config.api_key_file
+        )
         self._scorer = scorer
         self._batcher = Batcher(
-            scorer.score_ids,
+            self._forward,
             max_batch_tokens=config.max_batch_tokens,
             max_batch_sequences=config.max_batch_sequences,
             max_queued_tokens=config.max_queued_tokens,
@@ -129,33 +141,72 @@ class RewardService:
     async def score(self, request: ScoringRequest) -> ScoringResult:
         """The core. Raises `ServiceError`: refused, overloaded, too late, or failed."""
         started = time.monotonic()
-        timeout_s = min(
-            request.timeout_s or self.config.request_timeout_s, self.config.request_timeout_s
-        )
-        deadline = started + timeout_s
+        deadline = self._deadline(request)
         self._check(request)
         encoded = await self._tokenize(request, deadline)
         tokenize_s = time.monotonic() - started
-        sequences = [one.ids for one in encoded if isinstance(one, _Encoded)]
+        good = [one for one in encoded if isinstance(one, _Encoded)]
         rewards: list[float] | list[float | ServiceError]
         if request.fails_as_a_whole:
-            scored = await self._batcher.submit_timed(sequences, deadline=deadline)
+            scored = await self._batcher.submit_timed(**_submitted(good, deadline))
             rewards, timed = scored.rewards, [scored]
         else:
-            outcomes = await self._batcher.submit_each(sequences, deadline=deadline)
+            each = self._batcher.submit_each(**_submitted(good, deadline))
+            found = {position: outcome async for position, outcome in each}
+            outcomes = [found[position] for position in range(len(good))]
             rewards = [_reward_of(outcome) for outcome in outcomes]
             timed = [outcome for outcome in outcomes if isinstance(outcome, Scored)]
+        about = self._scorer.info
         result = ScoringResult(
             items=_scored_items(encoded, rewards),
             model=self.config.name,
-            revision=self._scorer.info.get("revision"),
+            revision=about.get("revision"),
             queue_s=max((outcome.queue_s for outcome in timed), default=0.0),
             tokenize_s=tokenize_s,
             forward_s=max((outcome.forward_s for outcome in timed), default=0.0),
             batch_size=max((outcome.batch_size for outcome in timed), default=0),
+            label=about["label"],
+            is_regression=about["problem_type"] == "regression",
+            device=about["device"],
         )
         _log_scored(result)
         return result
+
+    async def stream(self, request: ScoringRequest) -> AsyncGenerator[tuple[int, ScoredItem], None]:
+        """Each item with its position, as soon as it is scored or has failed.
+
+        Raises `ServiceError` before the first, where the request as a whole is refused.
+        """
+        deadline = self._deadline(request)
+        self._check(request)
+        encoded = await self._tokenize(replace(request, fails_as_a_whole=False), deadline)
+        good = [(i, one) for i, one in enumerate(encoded) if isinstance(one, _Encoded)]
+        outcomes = self._batcher.submit_each(**_submitted([one for _, one in good], deadline))
+        async with aclosing(outcomes):
+            first = await anext(outcomes, None)  # refused here, or not at all
+            for index, one in enumerate(encoded):
+                if not isinstance(one, _Encoded):
+                    yield index, ScoredItem(None, None, error=one)
+            while first is not None:
+                position, outcome = first
+                index, one = good[position]
+                yield index, _scored_item(one, _reward_of(outcome))
+                first = await anext(outcomes, None)
+
+    def _deadline(self, request: ScoringRequest) -> float:
+        limit = self.config.request_timeout_s
+        return time.monotonic() + min(request.timeout_s or limit, limit)
+
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        """Called in the batcher's thread."""
+        try:
+            return self._scorer.score_ids(sequences)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module lacks
+                raise
+        # Outside of the handler: the error's frames hold the tensors of the failed forward.
+        self._scorer.free_memory()
+        raise MemoryError
 
     # ---- before tokenising
 
@@ -264,7 +315,7 @@ class RewardService:
                 )
             ids = truncate(ids, request.max_length, request.truncation)
             truncated = True
-        return _Encoded(ids, truncated)
+        return _Encoded(ids, truncated, self._scorer.split(ids))
 
 
 def load(config: ServeConfig) -> RewardService:
@@ -314,6 +365,14 @@ def _log_scored(result: ScoringResult) -> None:
     )
 
 
+def _submitted(encoded: Sequence[_Encoded], deadline: float) -> dict[str, Any]:
+    return {
+        "sequences": [one.ids for one in encoded],
+        "prefixes": [one.prefix for one in encoded],
+        "deadline": deadline,
+    }
+
+
 def _scored_items(
     encoded: Sequence[_Encoded | RequestRefusedError], rewards: Sequence[float | ServiceError]
 ) -> list[ScoredItem]:
@@ -324,12 +383,14 @@ def _scored_items(
         if not isinstance(one, _Encoded):
             items.append(ScoredItem(None, None, error=one))
             continue
-        reward = next(remaining)
-        if isinstance(reward, ServiceError):
-            items.append(ScoredItem(None, len(one.ids), one.truncated, reward))
-        else:
-            items.append(ScoredItem(reward, len(one.ids), one.truncated))
+        items.append(_scored_item(one, next(remaining)))
     return items
+
+
+def _scored_item(one: _Encoded, reward: float | ServiceError) -> ScoredItem:
+    if isinstance(reward, ServiceError):
+        return ScoredItem(None, len(one.ids), one.truncated, reward)
+    return ScoredItem(reward, len(one.ids), one.truncated)
 
 
 def _reward_of(outcome: Scored | Exception) -> float | ServiceError:

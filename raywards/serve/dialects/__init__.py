@@ -1,8 +1,10 @@
 """What a wire format and the scoring core say to each other.
 
-A dialect is a module with one `Route` per path. Its `answer` turns a parsed JSON body into a
-`ScoringRequest`, awaits the core's `ScoringResult`, and shapes the reply; its `describe` shapes an
-error. Everything else is the core's: limits, tokenising, batching, deadlines, status codes.
+A dialect is a module with one `Route` per path. Its `answer` turns a `Call` into a
+`ScoringRequest`, awaits the core's `ScoringResult`, and shapes the `Reply`; its `describe` shapes
+an error. Everything else is the core's: limits, tokenising, batching, deadlines.
+
+Several dialects may share a path: the first whose `claims` knows the body by its keys answers it.
 
 Knows nothing of HTTP, models or Ray.
 """
@@ -11,8 +13,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
@@ -44,7 +47,9 @@ class Encoder(Protocol):
         truncation: Truncation = "error",
     ) -> list[int]: ...
 
-    def encode_rendered(self, text: str, *, truncation: Truncation = "error") -> list[int]: ...
+    def encode_rendered(
+        self, text: str, *, special_tokens: bool = False, truncation: Truncation = "error"
+    ) -> list[int]: ...
 
     def check_ids(self, ids: Sequence[int], *, truncation: Truncation = "error") -> list[int]: ...
 
@@ -110,15 +115,21 @@ class Response(Item):
 
 @dataclass(frozen=True)
 class Rendered(Item):
-    """Text that a template has rendered already."""
+    """Text that a template has rendered already; its control tokens are recognised.
+
+    `special_tokens`: the tokenizer opens and closes it as its class does, with one BOS at most.
+    """
 
     text: str
+    special_tokens: bool = False
 
     def characters(self) -> int:
         return len(self.text)
 
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
-        return encoder.encode_rendered(self.text, truncation=truncation)
+        return encoder.encode_rendered(
+            self.text, special_tokens=self.special_tokens, truncation=truncation
+        )
 
 
 @dataclass(frozen=True)
@@ -167,9 +178,59 @@ class ScoringResult:
     tokenize_s: float
     forward_s: float
     batch_size: int
+    label: str = "LABEL_0"
+    """What the model's config calls its one label."""
+    is_regression: bool = True
+    """Whether the config says so: engines then leave the reward as it is, else take its sigmoid."""
+    device: str = "cpu"
+    """Of the model, as torch names it."""
+
+    @property
+    def rewards(self) -> list[float]:
+        """Of a request that fails as a whole."""
+        return [item.reward for item in self.items if item.reward is not None]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all items together."""
+        return sum(item.num_tokens or 0 for item in self.items)
 
 
-Core = Callable[[ScoringRequest], Awaitable[ScoringResult]]
+class Core(Protocol):
+    """What a dialect asks."""
+
+    async def score(self, request: ScoringRequest) -> ScoringResult:
+        """All items. Raises `ServiceError`."""
+
+    def stream(self, request: ScoringRequest) -> AsyncGenerator[tuple[int, ScoredItem], None]:
+        """Each item with its position, as soon as it is scored or has failed.
+
+        Raises `ServiceError` before the first, where the request as a whole is refused.
+        """
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request as it came."""
+
+    body: object
+    """The parsed JSON."""
+    request_id: str = ""
+    given_id: str | None = None
+    """The request id where the caller chose it."""
+    query: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What stands behind `?` in the address."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is sent back with status 200."""
+
+    body: Any
+    headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+Describe = Callable[[ServiceError], tuple[int, Any]]
 
 
 @dataclass(frozen=True)
@@ -179,11 +240,16 @@ class Route:
     path: str
     body: type[BaseModel]
     """Documents the body; `answer` does the reading."""
-    reply: type[BaseModel]
-    answer: Callable[[object, Core], Awaitable[dict[str, Any]]]
-    """From the parsed JSON body to the reply. Raises `ServiceError`."""
-    describe: Callable[[ServiceError], dict[str, Any]]
-    """The body of an error reply."""
+    reply: Any
+    """Documents the reply: a type."""
+    answer: Callable[[Call, Core], Coroutine[Any, Any, Reply]]
+    """Raises `ServiceError`."""
+    describe: Describe
+    """Status and body of an error reply."""
+    claims: Callable[[object], bool] = lambda body: True
+    """Whether a body at this path is of this dialect."""
+    lines: Callable[[Call, Core], AsyncGenerator[dict[str, Any], None]] | None = None
+    """The reply as NDJSON, an object a line, where the caller asks for it. Raises as `answer`."""
 
 
 def sigmoid(reward: float) -> float:

@@ -7,68 +7,68 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
-from raywards.errors import ServiceError
 from raywards.schemas import Message, RewardRequest, RewardResponse
 from raywards.serve.dialects import (
+    Call,
     Conversation,
     Core,
     Ids,
     Item,
     Rendered,
+    Reply,
     Response,
     Route,
     ScoredItem,
     ScoringRequest,
     ScoringResult,
+    errors,
     sigmoid,
 )
 
-_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    429: "overloaded_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
+
+async def answer(call: Call, core: Core) -> Reply:
+    """One reward for each sequence. Raises `ServiceError`."""
+    return Reply(await reward(call.body, core))
 
 
-async def answer(body: object, core: Core) -> dict[str, Any]:
-    """The reply to a parsed body. Raises `ServiceError`."""
+async def reward(body: object, core: Core) -> dict[str, Any]:
+    """The reply to a parsed body, without HTTP. Raises `ServiceError`."""
     request = RewardRequest.parse(body)
-    result = await core(
-        ScoringRequest(
-            items=_items(request),
-            model=request.model,
-            truncation=request.truncation,
-            max_length=request.max_length,
-            timeout_s=request.timeout_s,
-            fails_as_a_whole=request.on_error == "request",
-        )
-    )
+    result = await core.score(_scoring(request))
     return _reply(request, result)
 
 
-def describe(error: ServiceError) -> dict[str, Any]:
-    """The error as OpenAI's clients know it."""
-    status = error.status or 500
-    details = error.__dict__
-    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    return {
-        "error": {
-            "message": str(error),
-            "type": kind,
-            "param": details.get("field"),
-            "code": details.get("code", kind),
-            "request_id": error.request_id,
-        }
-    }
+async def lines(call: Call, core: Core) -> AsyncGenerator[dict[str, Any], None]:
+    """An entry of `data` for each sequence, in the order in which they are scored, then the usage.
+
+    A sequence that cannot be scored gets an entry with its `error`.
+    """
+    request = RewardRequest.parse(call.body)
+    tokens = 0
+    async with aclosing(core.stream(_scoring(request))) as scored:
+        async for index, item in scored:
+            tokens += item.num_tokens or 0
+            name = request.ids[index] if request.ids else None
+            yield _row(index, name, item, request.activation)
+    yield {"done": True, "usage": _usage(tokens)}
 
 
-ROUTES = (Route("/v1/reward", RewardRequest, RewardResponse, answer, describe),)
+ROUTES = (Route("/v1/reward", RewardRequest, RewardResponse, answer, errors.native, lines=lines),)
+
+
+def _scoring(request: RewardRequest) -> ScoringRequest:
+    return ScoringRequest(
+        items=_items(request),
+        model=request.model,
+        truncation=request.truncation,
+        max_length=request.max_length,
+        timeout_s=request.timeout_s,
+        fails_as_a_whole=request.on_error == "request",
+    )
 
 
 def _items(request: RewardRequest) -> list[Item]:
@@ -113,7 +113,6 @@ def _plain(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
 
 def _reply(request: RewardRequest, result: ScoringResult) -> dict[str, Any]:
     names: Sequence[str | None] = request.ids or [None] * len(result.items)
-    tokens = sum(item.num_tokens or 0 for item in result.items)
     return {
         "id": f"reward-{uuid.uuid4().hex}",
         "object": "list",
@@ -124,7 +123,7 @@ def _reply(request: RewardRequest, result: ScoringResult) -> dict[str, Any]:
             _row(index, name, item, request.activation)
             for index, (name, item) in enumerate(zip(names, result.items, strict=True))
         ],
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "cached_tokens": 0},
+        "usage": _usage(result.num_tokens),
         "timing": {
             "queue_ms": round(result.queue_s * 1e3, 3),
             "tokenize_ms": round(result.tokenize_s * 1e3, 3),
@@ -132,6 +131,10 @@ def _reply(request: RewardRequest, result: ScoringResult) -> dict[str, Any]:
             "batch_size": result.batch_size,
         },
     }
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": tokens, "total_tokens": tokens, "cached_tokens": 0}
 
 
 def _row(index: int, name: str | None, item: ScoredItem, activation: str) -> dict[str, Any]:
@@ -145,5 +148,5 @@ def _row(index: int, name: str | None, item: ScoredItem, activation: str) -> dic
         "score": score,
         "num_tokens": item.num_tokens,
         "truncated": item.truncated,
-        "error": describe(item.error)["error"] if item.error else None,
+        "error": errors.native(item.error)[1]["error"] if item.error else None,
     }

@@ -1,0 +1,82 @@
+"""What the bodies of the dialects have in common: strict models, texts, token ids, messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from raywards.schemas import Message, Some, TokenId, validated
+from raywards.schemas import Rendered as RenderedText
+from raywards.serve.dialects import Conversation, Ids, Item, Rendered
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _kind_of_input(value: Any) -> str:
+    """One text, texts, one sequence of ids, or sequences of ids? The first element tells."""
+    if not isinstance(value, list):
+        return "|text"
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "|sequences"
+    return "|ids" if isinstance(first, int) and not isinstance(first, bool) else "|texts"
+
+
+Input = Annotated[
+    Annotated[RenderedText, Tag("|text")]
+    | Annotated[Some[RenderedText], Tag("|texts")]
+    | Annotated[Some[TokenId], Tag("|ids")]
+    | Annotated[Some[Some[TokenId]], Tag("|sequences")],
+    Discriminator(_kind_of_input),
+]
+"""Text, texts, token ids, or lists of token ids: what OpenAI's `input` may be."""
+
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def read(
+    cls: type[Model],
+    body: object,
+    *,
+    ignored: frozenset[str] = frozenset(),
+    not_built: Mapping[str, str] | None = None,
+) -> Model:
+    """`body` as a `cls`; raises `RequestRefusedError`, as `schemas.validated`.
+
+    `ignored`: fields that the peer itself does nothing with. Of the others, null means absent:
+    clients that are made from a schema send every optional field.
+    """
+    if isinstance(body, Mapping):
+        body = {name: v for name, v in body.items() if v is not None and name not in ignored}
+    return validated(cls, body, not_built or {})
+
+
+def read_query(cls: type[Model], query: Mapping[str, str]) -> Model:
+    """The parameters behind `?` as a `cls`. Raises `RequestRefusedError`."""
+    return validated(cls, dict(query), {})
+
+
+def items_of(name: str, given: Any, *, special_tokens: bool = False) -> list[Item]:
+    """The sequences of an `Input` that stood in the field `name`."""
+    kind = _kind_of_input(given)
+    if kind == "|text":
+        return [Rendered(name, given, special_tokens)]
+    elif kind == "|ids":
+        return [Ids(name, given)]
+    many: list[Item] = []
+    for i, one in enumerate(given):
+        field = f"{name}[{i}]"
+        many.append(Rendered(field, one, special_tokens) if kind == "|texts" else Ids(field, one))
+    return many
+
+
+def plain(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
+    """Messages as the renderer takes them."""
+    return [message.model_dump(exclude_none=True) for message in messages]
+
+
+def conversation_of(messages: Sequence[Message], variables: Mapping[str, Any] | None) -> Item:
+    """The one conversation of a body with OpenAI's `messages`."""
+    return Conversation("messages", plain(messages), variables or None)

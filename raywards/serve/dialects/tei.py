@@ -1,0 +1,206 @@
+"""text-embeddings-inference: `POST /predict`, also as `/` and `/invocations`, and its `/rerank`.
+
+Scores are the sigmoid of the reward unless `raw_scores`. A pair of texts is a prompt and a
+response; `["a", "b"]` is one such pair, `[["a"], ["b"]]` are two single texts. As there, a text
+that is too long is cut at its end unless `truncate` is false.
+
+Fields of huggingface/text-embeddings-inference 1.9, router/src/http/types.rs. `parameters` is what
+`huggingface_hub.InferenceClient` adds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from raywards.schemas import Rendered as RenderedText
+from raywards.schemas import ReplyModel, Some, Strict, Text, refused
+from raywards.serve.dialects import (
+    Call,
+    Core,
+    Item,
+    Rendered,
+    Reply,
+    Response,
+    Route,
+    ScoringRequest,
+    ScoringResult,
+    Truncation,
+    errors,
+    sigmoid,
+)
+from raywards.serve.dialects.bodies import read
+
+Direction = Literal["Left", "Right", "left", "right"]
+NotEmpty = Annotated[Text, Field(min_length=1)]
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return "|text"
+    return "|batch" if value and isinstance(value[0], list) else "|pair"
+
+
+class Parameters(Strict):
+    """Of the Hugging Face inference API."""
+
+    function_to_apply: Literal["none", "sigmoid"] | None = None
+    """What a score is: the reward, or its sigmoid."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Labels that are wanted; there is one."""
+
+
+class PredictRequest(Strict):
+    """Body of `POST /predict`."""
+
+    inputs: Annotated[
+        Annotated[RenderedText, Tag("|text")]
+        | Annotated[Annotated[list[NotEmpty], Field(min_length=1, max_length=2)], Tag("|pair")]
+        | Annotated[
+            Some[Annotated[list[NotEmpty], Field(min_length=1, max_length=2)]], Tag("|batch")
+        ],
+        Discriminator(_kind),
+    ]
+    """A text; a pair of prompt and response; or a list of lists of one or two texts."""
+    truncate: bool = True
+    """Cut what is too long, rather than refuse it."""
+    truncation_direction: Direction = "Right"
+    """Where it is cut."""
+    raw_scores: bool = False
+    """The reward itself, and no sigmoid."""
+    parameters: Parameters | None = None
+    """Of the Hugging Face inference API."""
+
+
+class RerankRequest(Strict):
+    """Body of TEI's `POST /rerank`: known by its `texts`."""
+
+    query: RenderedText
+    """The prompt."""
+    texts: Some[NotEmpty]
+    """The responses."""
+    truncate: bool = True
+    """Cut what is too long, rather than refuse it."""
+    truncation_direction: Direction = "Right"
+    """Where it is cut."""
+    raw_scores: bool = False
+    """The reward itself, and no sigmoid."""
+    return_text: bool = False
+    """Repeat the responses."""
+
+
+class Prediction(ReplyModel):
+    """A label with its score."""
+
+    score: float
+    """The sigmoid of the reward, or the reward."""
+    label: str
+    """What the model's config calls its one label."""
+
+
+class Rank(ReplyModel):
+    """One response."""
+
+    index: int
+    """Position in the request."""
+    score: float
+    """The sigmoid of the reward, or the reward."""
+    text: str | None = None
+    """The response, with `return_text`."""
+
+
+async def predict(call: Call, core: Core) -> Reply:
+    """The one label with its score: of a text or a pair, or of each entry of a batch."""
+    request = read(PredictRequest, call.body)
+    kind = _kind(request.inputs)
+    given: Any = [request.inputs] if kind == "|pair" else request.inputs
+    items: list[Item]
+    if kind == "|text":
+        items = [Rendered("inputs", given, special_tokens=True)]
+    else:
+        names = [f"inputs[{i}]" if kind == "|batch" else "inputs" for i in range(len(given))]
+        items = [_item(name, texts) for name, texts in zip(names, given, strict=True)]
+    result = await core.score(ScoringRequest(items=items, truncation=_truncation(request)))
+    scores = _scores(result, raw=_wants_raw(request))
+    predictions = [[{"score": score, "label": result.label}] for score in scores]
+    return Reply(predictions if kind == "|batch" else predictions[0], timings(result, items))
+
+
+async def rerank(call: Call, core: Core) -> Reply:
+    """The responses, best first."""
+    request = read(RerankRequest, call.body)
+    items = [Response(f"texts[{i}]", request.query, text) for i, text in enumerate(request.texts)]
+    result = await core.score(ScoringRequest(items=items, truncation=_truncation(request)))
+    scores = _scores(result, raw=request.raw_scores)
+    ranks = []
+    for index in best_first(result.rewards):
+        text = {"text": request.texts[index]} if request.return_text else {}
+        ranks.append({"index": index, **text, "score": scores[index]})
+    return Reply(ranks, timings(result, items))
+
+
+def best_first(rewards: list[float]) -> list[int]:
+    """Positions by falling reward, equal ones in their order.
+
+    Of the rewards and not of their sigmoids: those of high rewards are all 1.
+    """
+    return sorted(range(len(rewards)), key=lambda index: -rewards[index])
+
+
+def timings(result: ScoringResult, items: list[Item] | list[Response]) -> dict[str, str]:
+    """TEI's headers: where the time went, in milliseconds."""
+    total = result.queue_s + result.tokenize_s + result.forward_s
+    return {
+        "x-compute-type": "cpu" if result.device == "cpu" else "gpu+optimized",
+        "x-compute-time": _ms(total),
+        "x-compute-characters": str(sum(item.characters() for item in items)),
+        "x-compute-tokens": str(result.num_tokens),
+        "x-total-time": _ms(total),
+        "x-tokenization-time": _ms(result.tokenize_s),
+        "x-queue-time": _ms(result.queue_s),
+        "x-inference-time": _ms(result.forward_s),
+    }
+
+
+def claims_rerank(body: object) -> bool:
+    """Whether a body at `/rerank` is TEI's."""
+    return isinstance(body, dict) and "texts" in body
+
+
+_PREDICTIONS = list[Prediction] | list[list[Prediction]]
+
+ROUTES = (
+    *(
+        Route(path, PredictRequest, _PREDICTIONS, predict, errors.tei)
+        for path in ("/predict", "/", "/invocations")
+    ),
+    Route("/rerank", RerankRequest, list[Rank], rerank, errors.tei, claims=claims_rerank),
+)
+
+
+def _item(field: str, texts: list[str]) -> Item:
+    if len(texts) == 1:
+        if not texts[0].strip():
+            raise refused(f"{field}: is empty; expected text", field=field)
+        return Rendered(field, texts[0], special_tokens=True)
+    return Response(field, texts[0], texts[1])
+
+
+def _truncation(request: PredictRequest | RerankRequest) -> Truncation:
+    if not request.truncate:
+        return "error"
+    return "left" if request.truncation_direction in ("Left", "left") else "right"
+
+
+def _wants_raw(request: PredictRequest) -> bool:
+    asked = request.parameters.function_to_apply if request.parameters else None
+    return request.raw_scores if asked is None else asked == "none"
+
+
+def _scores(result: ScoringResult, *, raw: bool) -> list[float]:
+    return result.rewards if raw else [sigmoid(reward) for reward in result.rewards]
+
+
+def _ms(seconds: float) -> str:
+    return str(round(seconds * 1e3))

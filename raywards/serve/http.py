@@ -1,0 +1,376 @@
+"""HTTP around the scoring core: the FastAPI app. Runs in a Serve replica, and without Ray.
+
+It reads bodies, asks for keys, finds the dialect that a path and a body belong to, and writes what
+that says; what it means is the dialects' and the core's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import StreamingResponse
+
+from raywards.config import ServeConfig
+from raywards.errors import DeadlineError, OverloadedError, RequestRefusedError, ServiceError
+from raywards.schemas import ErrorBody, parse_body
+from raywards.serve.batcher import raised_at
+from raywards.serve.dialects import (
+    Call,
+    Route,
+    native,
+    nim,
+    openrlhf,
+    rerank,
+    sglang,
+    slime,
+    tei,
+    vllm,
+)
+from raywards.serve.replica import REQUEST_ID, RewardService, log_event
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Where dialects share a path, those that know their bodies by a key come first.
+ROUTES: tuple[Route, ...] = (
+    *native.ROUTES,
+    *openrlhf.ROUTES,
+    *sglang.ROUTES,
+    *vllm.ROUTES,
+    *tei.ROUTES,
+    *rerank.ROUTES,
+    *slime.ROUTES,
+    *nim.ROUTES,
+)
+
+# Parsing more than this at once would hold up everyone else on the loop.
+_PARSE_IN_THREAD_BYTES = 262_144
+_LONGEST_REQUEST_ID = 128
+_NDJSON = "application/x-ndjson"
+_ERROR_STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
+
+
+def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = True) -> FastAPI:
+    """The HTTP face of the service that `current()` gives, once there is one.
+
+    `echo_request_id=False` where something in front already repeats `x-request-id`: Serve does.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await current().close()
+
+    app = FastAPI(
+        title="raywards",
+        version="1",  # of the wire formats
+        description="Rewards of conversations from a served reward model.",
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+        # FastAPI's own pages ask for no key: `_add_guarded` has ours.
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+    )
+    for path in dict.fromkeys(route.path for route in ROUTES):
+        sharing = [route for route in ROUTES if route.path == path]
+        _add_path(app, path, sharing, current, echo_request_id)
+    _add_probes(app, current)
+    _add_guarded(app, current)
+    app.add_exception_handler(HTTPException, _not_a_route)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_path(
+    app: FastAPI,
+    path: str,
+    sharing: Sequence[Route],
+    current: Callable[[], RewardService],
+    echo_request_id: bool,
+) -> None:
+    async def endpoint(request: Request) -> Response:
+        request_id = _request_id(request.headers)
+        REQUEST_ID.set(request_id)
+        route = sharing[-1]  # describes what is wrong before the body is known
+        try:
+            service = current()
+            service.keys.client(request.headers)
+            body = await _read_json(request, service.config)
+            route = next((one for one in sharing if one.claims(body)), route)
+            call = Call(
+                body=body,
+                request_id=request_id,
+                given_id=request_id if request.headers.get("x-request-id") == request_id else None,
+                query=dict(request.query_params),
+            )
+            if route.lines is not None and _NDJSON in request.headers.get("accept", ""):
+                response = await _stream(route.lines(call, service))
+            else:
+                reply = await _unless_gone(request, route.answer(call, service))
+                response = _json(200, reply.body, reply.headers)
+        except ClientDisconnect:
+            response = Response(status_code=499)
+        except Exception as error:
+            response = _error_response(_as_service_error(error, request_id), route)
+        if echo_request_id:
+            response.headers["x-request-id"] = request_id
+        return response
+
+    bodies = [{"$ref": f"#/components/schemas/{route.body.__name__}"} for route in sharing]
+    reply = sharing[0].reply
+    for route in sharing[1:]:
+        reply = reply | route.reply
+    app.add_api_route(
+        path,
+        endpoint,
+        methods=["POST"],
+        response_model=None,
+        name=sharing[-1].answer.__name__,
+        description="\n\n".join(route.answer.__doc__ or "" for route in sharing),
+        responses={
+            200: {"model": reply, "description": "The rewards."},
+            **{
+                status: {"model": ErrorBody if native.ROUTES[0] in sharing else Any}
+                for status in _ERROR_STATUSES
+            },
+        },
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
+                    }
+                },
+            }
+        },
+    )
+
+
+def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
+    """What a load balancer asks, without a key."""
+
+    def probe(word: str) -> Response:
+        if current().healthy:
+            return _json(200, {"status": word})
+        stopping = OverloadedError(
+            "this replica does not accept requests", status=503, retry_after_s=1.0
+        )
+        return _error_response(stopping, native.ROUTES[0])
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        """Whether this replica is alive."""
+        return probe("healthy")
+
+    @app.get("/ping", response_model=None)
+    async def ping() -> Response:
+        """The same, as SageMaker and vLLM call it."""
+        return probe("healthy")
+
+    @app.get("/ready", response_model=None)
+    async def ready() -> Response:
+        """Whether this replica has verified its model and accepts requests."""
+        return probe("ready")
+
+
+def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
+    """What tells about the model or the server: with a key set, only to who has it."""
+
+    def guard(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            try:
+                current().keys.client(request.headers)
+            except ServiceError as error:
+                return _error_response(error, native.ROUTES[0])
+            return answer(request)
+
+        return endpoint
+
+    def models(request: Request) -> Response:
+        service = current()
+        about = {
+            "id": service.config.name,
+            "object": "model",
+            "created": service.started_at,
+            "owned_by": "raywards",
+            "root": service.config.model,
+            "max_model_len": service.info()["limits"]["max_length"],
+        }
+        return _json(200, {"object": "list", "data": [about]})
+
+    def docs(request: Request) -> Response:
+        prefix = request.scope.get("root_path", "").rstrip("/")
+        return get_swagger_ui_html(openapi_url=f"{prefix}/openapi.json", title=app.title)
+
+    for path, answer, text in (
+        ("/info", lambda _: _json(200, current().info()), "What is served, and its limits."),
+        ("/v1/models", models, "The name of the served model."),
+        ("/version", lambda _: _json(200, {"version": version("raywards")}), "Of raywards."),
+    ):
+        app.add_api_route(path, guard(answer), response_model=None, name=path[1:], description=text)
+    schema = guard(lambda _: _json(200, app.openapi()))
+    app.add_api_route("/openapi.json", schema, response_model=None, include_in_schema=False)
+    app.add_api_route("/docs", guard(docs), response_model=None, include_in_schema=False)
+
+
+async def _read_json(request: Request, config: ServeConfig) -> object:
+    """The body, refused by its headers or its size before it is parsed."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestRefusedError(
+            f"Content-Type is {kind[:80] or 'missing'}; expected application/json",
+            status=415,
+            code="unsupported_media_type",
+        )
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestRefusedError(
+            "compressed bodies are not accepted; send it without Content-Encoding",
+            status=415,
+            code="unsupported_media_type",
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > config.max_body_bytes:
+        raise _too_large(config)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.request_timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > config.max_body_bytes:
+                    raise _too_large(config)
+    except TimeoutError:
+        raise DeadlineError("the body did not arrive in time", status=408, code="timeout") from None
+    if len(body) > _PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(parse_body, bytes(body))
+    return parse_body(bytes(body))
+
+
+def _too_large(config: ServeConfig) -> RequestRefusedError:
+    return RequestRefusedError(
+        f"the body is larger than {config.max_body_bytes} bytes; send fewer sequences per request",
+        status=413,
+        code="body_too_large",
+    )
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    usable = given.isascii() and given.isprintable() and 0 < len(given) <= _LONGEST_REQUEST_ID
+    return given if usable else uuid.uuid4().hex
+
+
+# ---- replies
+
+
+def _json(status: int, body: object, headers: Mapping[str, str] | None = None) -> Response:
+    text = json.dumps(body, allow_nan=False, separators=(",", ":"))
+    return Response(
+        text, status_code=status, media_type="application/json", headers=dict(headers or {})
+    )
+
+
+async def _stream(lines: AsyncIterator[dict[str, Any]]) -> Response:
+    """A line as soon as it is known. What goes wrong before the first one is raised here."""
+    first = await anext(lines)
+
+    async def written() -> AsyncIterator[str]:
+        yield _line(first)
+        async for line in lines:
+            yield _line(line)
+
+    return StreamingResponse(written(), media_type=_NDJSON)
+
+
+def _line(value: object) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:
+    """What `answer` gives; if the caller leaves first, it is cancelled: nobody would read it."""
+    answering = asyncio.ensure_future(answer)
+    # The body has been read, so the next message is that of the disconnect.
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise ClientDisconnect
+    finally:
+        answering.cancel()
+        leaving.cancel()
+
+
+def _as_service_error(error: Exception, request_id: str) -> ServiceError:
+    """`error`, if it is for the caller; else only its request id; the log has its place."""
+    if not isinstance(error, ServiceError):
+        logger.error("request %s failed: %s", request_id, raised_at(error))
+        error = ServiceError(
+            f"internal error; the server's log has it under request id {request_id}",
+            status=500,
+            code="internal_error",
+        )
+    error.request_id = request_id
+    return error
+
+
+def _error_response(error: ServiceError, route: Route) -> Response:
+    status, body = route.describe(error)
+    response = _json(status, body)
+    if isinstance(error, OverloadedError):
+        response.headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 1)))
+    elif status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    failed = (error.status or 500) in (500, 504)
+    level = logging.WARNING if failed else logging.INFO
+    log_event(level, "refused", status=status, code=error.__dict__.get("code"))
+    return response
+
+
+async def _not_a_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    paths = ", ".join([*dict.fromkeys(route.path for route in ROUTES), "/info", "/ready", "/docs"])
+    refused = RequestRefusedError(
+        f"{request.method} {request.url.path[:200]}: {error.detail}. Here are {paths}",
+        status=error.status_code,
+        code="no_such_route",
+        request_id=_request_id(request.headers),
+    )
+    response = _error_response(refused, native.ROUTES[0])
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's, with the schemas of the bodies that are parsed by hand."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=app.routes,
+            servers=app.servers,
+        )
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        for route in ROUTES:
+            body = route.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(body.pop("$defs", {}))
+            schemas[route.body.__name__] = body
+        app.openapi_schema = schema
+    return app.openapi_schema
