@@ -23,8 +23,16 @@ LAYERS = [
     ["errors", "trl_fields"],
     ["settings", "rowset"],
     ["config", "schemas", "conversation", "sources"],
-    ["client", "control_tokens", "packing", "families", "serve.batcher", "serve.keys"],
-    ["rendering", "attention"],
+    [
+        "client.plans",
+        "client.rlhf",
+        "control_tokens",
+        "packing",
+        "families",
+        "serve.batcher",
+        "serve.keys",
+    ],
+    ["client", "rendering", "attention"],
     ["preferences", "loader", "loss", "metrics", "evaluation", "heads"],
     ["groups", "objectives"],
     ["model"],
@@ -60,7 +68,16 @@ LAYERS = [
     ["__main__"],
 ]
 SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
-LIGHT = ["errors", "trl_fields", "settings", "config", "schemas", "client"]
+LIGHT = [
+    "errors",
+    "trl_fields",
+    "settings",
+    "config",
+    "schemas",
+    "client",
+    "client.plans",
+    "client.rlhf",
+]
 HEAVY = {"torch", "ray", "transformers"}
 
 

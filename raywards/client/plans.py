@@ -1,19 +1,12 @@
-"""`RewardClient` and `AsyncRewardClient`: rewards from a served model over HTTP.
+"""What the clients send, how they read a reply, and when they try again: written once, as plans.
 
-    with RewardClient("http://127.0.0.1:8000") as client:
-        rewards = client.score([[{"role": "user", "content": "2+2?"},
-                                 {"role": "assistant", "content": "4"}]])
-
-Scoring changes nothing on the server, so a request that meets a full, restarting or killed replica
-is sent again, until `timeout_s` is over or `max_retries` are used up. What is sent, how a reply is
-read, and when to try again is written once, as plans: generators that yield what is to be done and
-take back what came of it. The two clients only carry them out. Knows nothing of models or Ray, and
-imports neither torch, ray nor transformers.
+A plan is a generator that yields what is to be done, a `Send` or a `Pause`, takes back what came of
+it, and returns what the caller asked for. The two clients only carry plans out. Knows nothing of
+models or Ray, and imports neither torch, ray nor transformers.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import math
@@ -24,10 +17,8 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -50,7 +41,7 @@ Conversation = Sequence[Message]
 # and a few are in flight: enough to keep a replica busy, too little to fill its queue.
 _REQUEST_CHARACTERS = 65_536
 _CHARACTERS_PER_TOKEN = 4
-_PARALLEL_REQUESTS = 4
+PARALLEL_REQUESTS = 4
 
 _CONNECT_TIMEOUT_S = 10.0
 _FIRST_PAUSE_S = 0.1
@@ -60,7 +51,7 @@ _READY_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
-class _Send:
+class Send:
     """To do: this request. Comes back as a response, or as the transport's error."""
 
     method: str
@@ -71,7 +62,7 @@ class _Send:
 
 
 @dataclass(frozen=True)
-class _Pause:
+class Pause:
     """To do: nothing, for a while. Comes back as `None`."""
 
     seconds: float
@@ -81,11 +72,11 @@ _INFO = TypeAdapter(dict[str, Any])
 
 T = TypeVar("T")
 Outcome = httpx.Response | httpx.TransportError | None
-Plan = Generator[_Send | _Pause, Outcome, T]
+Plan = Generator[Send | Pause, Outcome, T]
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Sequences that travel in one request: a slice of what the caller gave."""
 
     field: str
@@ -93,7 +84,7 @@ class _Chunk:
     start: int
     rest: Mapping[str, Any]
 
-    def halves(self) -> tuple[_Chunk, _Chunk]:
+    def halves(self) -> tuple[Chunk, Chunk]:
         middle = len(self.items) // 2
         return (
             replace(self, items=self.items[:middle]),
@@ -101,7 +92,7 @@ class _Chunk:
         )
 
 
-class _Plans(ABC):
+class Plans(ABC):
     """Everything about the client that does not depend on how bytes are carried."""
 
     def __init__(
@@ -157,7 +148,9 @@ class _Plans(ABC):
 
     # ---- what the caller asked for, in requests
 
-    def _of_conversations(self, conversations: Sequence[Conversation]) -> list[Plan[list[float]]]:
+    def _of_conversations(
+        self, conversations: Sequence[Conversation], *, on_error: str = "request"
+    ) -> list[Plan[list[float]]]:
         _refuse_scalar("conversations", conversations, Mapping, "[[{'role': ...}, ...], ...]")
         for index, conversation in enumerate(conversations):
             if not _is_list(conversation):
@@ -167,15 +160,34 @@ class _Plans(ABC):
                     reason="not_messages",
                 )
         sizes = [sum(map(_characters, conversation)) for conversation in conversations]
-        return self._split("messages", conversations, sizes, {})
+        return self._split("messages", conversations, sizes, _rest(on_error))
 
     def _of_responses(
-        self, prompt: str | Conversation, responses: Sequence[str]
+        self, prompt: str | Conversation, responses: Sequence[str], *, on_error: str = "request"
     ) -> list[Plan[list[float]]]:
         _refuse_scalar("responses", responses, str, "['first answer', 'second answer']")
         shared = len(prompt) if isinstance(prompt, str) else sum(map(_characters, prompt))
         sizes = [shared + len(response) for response in responses]
-        return self._split("responses", responses, sizes, {"prompt": prompt})
+        rest = {"prompt": prompt, **_rest(on_error)}
+        return self._split("responses", responses, sizes, rest)
+
+    def _of_pairs(
+        self, pairs: Sequence[tuple[str | Conversation, str]], *, on_error: str = "request"
+    ) -> tuple[list[Plan[list[float]]], list[int]]:
+        """Plans, and for each reward that they give the position of its pair."""
+        together: dict[str, list[int]] = {}
+        for index, (prompt, _) in enumerate(pairs):
+            together.setdefault(json.dumps(prompt, sort_keys=True, default=str), []).append(index)
+        plans: list[Plan[list[float]]] = []
+        for positions in together.values():
+            prompt = pairs[positions[0]][0]
+            responses = [pairs[index][1] for index in positions]
+            plans += self._of_responses(prompt, responses, on_error=on_error)
+        return plans, [index for positions in together.values() for index in positions]
+
+    def _of_texts(self, texts: Sequence[str]) -> list[Plan[list[float]]]:
+        _refuse_scalar("texts", texts, str, "['<rendered text>', ...]")
+        return self._split("input", texts, [len(text) for text in texts], {})
 
     def _of_ids(self, sequences: Iterable[Iterable[int]]) -> list[Plan[list[float]]]:
         rows = []
@@ -199,14 +211,14 @@ class _Plans(ABC):
         for end, size in enumerate(sizes):
             full = end - start >= self.max_items_per_request or load + size > _REQUEST_CHARACTERS
             if end > start and full:
-                plans.append(self._rewards(_Chunk(field, items[start:end], start, rest)))
+                plans.append(self._rewards(Chunk(field, items[start:end], start, rest)))
                 start, load = end, 0
             load += size
         if start < len(items):
-            plans.append(self._rewards(_Chunk(field, items[start:], start, rest)))
+            plans.append(self._rewards(Chunk(field, items[start:], start, rest)))
         return plans
 
-    def _rewards(self, chunk: _Chunk) -> Plan[list[float]]:
+    def _rewards(self, chunk: Chunk) -> Plan[list[float]]:
         try:
             request = {**chunk.rest, chunk.field: list(chunk.items)}
             reply = yield from self._reward(request)
@@ -222,7 +234,7 @@ class _Plans(ABC):
             raise ServiceError(
                 f"the reply has {len(rewards)} rewards for {len(chunk.items)} sequences"
             )
-        return [reward for reward in rewards if reward is not None]
+        return rewards  # type: ignore[return-value]  # None where on_error="item" was asked for
 
     # ---- requests
 
@@ -259,7 +271,7 @@ class _Plans(ABC):
 
     def _ready(self) -> Plan[bool]:
         timeout_s = min(_READY_TIMEOUT_S, self.timeout_s)
-        outcome = yield _Send("GET", "/ready", None, _new_id(), timeout_s)
+        outcome = yield Send("GET", "/ready", None, _new_id(), timeout_s)
         return isinstance(outcome, httpx.Response) and outcome.status_code == 200
 
     def _until_ready(self, timeout_s: float) -> Plan[None]:
@@ -267,13 +279,13 @@ class _Plans(ABC):
         while True:
             remaining = deadline - time.monotonic()
             patience = min(_READY_TIMEOUT_S, max(remaining, _READY_PAUSE_S))
-            request = _Send("GET", "/ready", None, _new_id(), patience)
+            request = Send("GET", "/ready", None, _new_id(), patience)
             outcome = yield request
             if isinstance(outcome, httpx.Response) and outcome.status_code == 200:
                 return
             if deadline - time.monotonic() <= _READY_PAUSE_S:
                 raise self._fault(request, outcome).error
-            yield _Pause(_READY_PAUSE_S)
+            yield Pause(_READY_PAUSE_S)
 
     def _call(self, method: str, path: str, body: bytes | None) -> Plan[httpx.Response]:
         """One request, sent until it is answered for good."""
@@ -281,7 +293,7 @@ class _Plans(ABC):
         deadline = time.monotonic() + self.timeout_s
         for attempt in itertools.count():
             remaining = max(deadline - time.monotonic(), 1e-3)
-            request = _Send(method, path, body, request_id, remaining)
+            request = Send(method, path, body, request_id, remaining)
             outcome = yield request
             if isinstance(outcome, httpx.Response) and outcome.status_code == 200:
                 return outcome
@@ -290,12 +302,12 @@ class _Plans(ABC):
             late = time.monotonic() + pause >= deadline
             if not fault.passing or late or attempt >= self.max_retries:
                 raise fault.error from (outcome if isinstance(outcome, Exception) else None)
-            yield _Pause(pause)
+            yield Pause(pause)
         raise AssertionError("the loop ends by return or raise")
 
     # ---- replies
 
-    def _fault(self, request: _Send, outcome: Outcome) -> _Fault:
+    def _fault(self, request: Send, outcome: Outcome) -> Fault:
         where = f"{request.method} {self.base_url}{request.path}"
         if not isinstance(outcome, httpx.Response):
             return _transport_fault(where, outcome, request)
@@ -304,7 +316,7 @@ class _Plans(ABC):
             return _served_fault(own, outcome, request)
         return _foreign_fault(where, outcome, request)
 
-    def _headers(self, request: _Send) -> dict[str, str]:
+    def _headers(self, request: Send) -> dict[str, str]:
         headers = {"x-request-id": request.request_id}
         if request.body is not None:
             headers["content-type"] = "application/json"
@@ -312,7 +324,7 @@ class _Plans(ABC):
             headers["authorization"] = f"Bearer {self._api_key}"
         return headers
 
-    def _request(self, request: _Send) -> dict[str, Any]:
+    def _request(self, request: Send) -> dict[str, Any]:
         """`request` as httpx wants it."""
         connect = min(request.timeout_s, _CONNECT_TIMEOUT_S)
         return {
@@ -324,171 +336,8 @@ class _Plans(ABC):
         }
 
 
-class RewardClient(_Plans):
-    """Rewards from a served model. Threads may share one; it keeps connections open."""
-
-    _http: httpx.Client
-
-    def _open(self, limits: httpx.Limits) -> None:
-        self._http = httpx.Client(limits=limits)
-
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward per conversation, in order. A conversation is a list of messages."""
-        return self._gather(self._of_conversations(conversations))
-
-    def score_responses(self, prompt: str | Conversation, responses: Sequence[str]) -> list[float]:
-        """One reward per answer to `prompt`, in order."""
-        return self._gather(self._of_responses(prompt, responses))
-
-    def score_ids(self, sequences: Iterable[Iterable[int]]) -> list[float]:
-        """One reward per sequence of token ids, in order. The ids are scored as they are."""
-        return self._gather(self._of_ids(sequences))
-
-    def reward(self, request: RewardRequest | Mapping[str, Any]) -> RewardResponse:
-        """The whole reply to one request of the native format. Nothing is split."""
-        return self._carry_out(self._reward(request))
-
-    def info(self) -> dict[str, Any]:
-        """What is served there: model, revision, limits, rendering."""
-        return self._carry_out(self._info())
-
-    def ready(self) -> bool:
-        """Whether a replica answers and has verified its model; False if nothing answers."""
-        return self._carry_out(self._ready())
-
-    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
-        """Return once `ready()`; after `timeout_s` raise what stood in the way."""
-        self._carry_out(self._until_ready(timeout_s))
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._http.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _gather(self, plans: Sequence[Plan[list[float]]]) -> list[float]:
-        if len(plans) < 2:
-            return [reward for plan in plans for reward in self._carry_out(plan)]
-        with ThreadPoolExecutor(min(len(plans), _PARALLEL_REQUESTS)) as pool:
-            running = [pool.submit(self._carry_out, plan) for plan in plans]
-            try:
-                return [reward for future in running for reward in future.result()]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _carry_out(self, plan: Plan[T]) -> T:
-        outcome: Outcome = None
-        while True:
-            try:
-                step = plan.send(outcome)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            if isinstance(step, _Pause):
-                time.sleep(step.seconds)
-                outcome = None
-            else:
-                try:
-                    outcome = self._http.request(**self._request(step))
-                except httpx.TransportError as error:
-                    outcome = error
-
-
-class AsyncRewardClient(_Plans):
-    """`RewardClient` for asyncio: the same methods, to be awaited."""
-
-    _http: httpx.AsyncClient
-
-    def _open(self, limits: httpx.Limits) -> None:
-        self._http = httpx.AsyncClient(limits=limits)
-
-    async def score(self, conversations: Sequence[Conversation]) -> list[float]:
-        """One reward per conversation, in order. A conversation is a list of messages."""
-        return await self._gather(self._of_conversations(conversations))
-
-    async def score_responses(
-        self, prompt: str | Conversation, responses: Sequence[str]
-    ) -> list[float]:
-        """One reward per answer to `prompt`, in order."""
-        return await self._gather(self._of_responses(prompt, responses))
-
-    async def score_ids(self, sequences: Iterable[Iterable[int]]) -> list[float]:
-        """One reward per sequence of token ids, in order. The ids are scored as they are."""
-        return await self._gather(self._of_ids(sequences))
-
-    async def reward(self, request: RewardRequest | Mapping[str, Any]) -> RewardResponse:
-        """The whole reply to one request of the native format. Nothing is split."""
-        return await self._carry_out(self._reward(request))
-
-    async def info(self) -> dict[str, Any]:
-        """What is served there: model, revision, limits, rendering."""
-        return await self._carry_out(self._info())
-
-    async def ready(self) -> bool:
-        """Whether a replica answers and has verified its model; False if nothing answers."""
-        return await self._carry_out(self._ready())
-
-    async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
-        """Return once `ready()`; after `timeout_s` raise what stood in the way."""
-        await self._carry_out(self._until_ready(timeout_s))
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def _gather(self, plans: Sequence[Plan[list[float]]]) -> list[float]:
-        limit = asyncio.Semaphore(_PARALLEL_REQUESTS)
-
-        async def within_limit(plan: Plan[list[float]]) -> list[float]:
-            async with limit:
-                return await self._carry_out(plan)
-
-        running = [asyncio.ensure_future(within_limit(plan)) for plan in plans]
-        try:
-            return [reward for rewards in await asyncio.gather(*running) for reward in rewards]
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-
-    async def _carry_out(self, plan: Plan[T]) -> T:
-        outcome: Outcome = None
-        while True:
-            try:
-                step = plan.send(outcome)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            if isinstance(step, _Pause):
-                await asyncio.sleep(step.seconds)
-                outcome = None
-            else:
-                try:
-                    outcome = await self._http.request(**self._request(step))
-                except httpx.TransportError as error:
-                    outcome = error
-
-
 @dataclass(frozen=True)
-class _Fault:
+class Fault:
     """Why an attempt gave no answer, and whether another one may."""
 
     error: ServiceError
@@ -503,7 +352,7 @@ class _Fault:
         return jitter if self.retry_after_s is None else self.retry_after_s + jitter / 4
 
 
-def _transport_fault(where: str, outcome: httpx.TransportError | None, request: _Send) -> _Fault:
+def _transport_fault(where: str, outcome: httpx.TransportError | None, request: Send) -> Fault:
     what = f"{type(outcome).__name__}: {outcome}" if outcome is not None else "no reply"
     if isinstance(outcome, httpx.TimeoutException) and not isinstance(
         outcome, httpx.ConnectTimeout
@@ -512,14 +361,14 @@ def _transport_fault(where: str, outcome: httpx.TransportError | None, request: 
             f"{where}: no answer within the time limit; raise timeout_s, or send less at once",
             request_id=request.request_id,
         )
-        return _Fault(late, passing=True)
+        return Fault(late, passing=True)
     gone = UnreachableError(
         f"{where}: {what}. Is the server running there?", request_id=request.request_id
     )
-    return _Fault(gone, passing=True)
+    return Fault(gone, passing=True)
 
 
-def _served_fault(own: ErrorInfo, response: httpx.Response, request: _Send) -> _Fault:
+def _served_fault(own: ErrorInfo, response: httpx.Response, request: Send) -> Fault:
     """The server itself said what is wrong: it knows whether trying again helps."""
     status = response.status_code
     details: dict[str, Any] = {
@@ -530,31 +379,31 @@ def _served_fault(own: ErrorInfo, response: httpx.Response, request: _Send) -> _
     if status in (429, 503):
         wait = _retry_after_s(response)
         error = OverloadedError(own.message, retry_after_s=wait, **details)
-        return _Fault(error, passing=True, retry_after_s=wait)
+        return Fault(error, passing=True, retry_after_s=wait)
     elif status in (408, 504):
-        return _Fault(DeadlineError(own.message, **details), passing=False)
+        return Fault(DeadlineError(own.message, **details), passing=False)
     elif status < 500:
-        return _Fault(RequestRefusedError(own.message, field=own.param, **details), passing=False)
-    return _Fault(ServiceError(own.message, **details), passing=False)
+        return Fault(RequestRefusedError(own.message, field=own.param, **details), passing=False)
+    return Fault(ServiceError(own.message, **details), passing=False)
 
 
-def _foreign_fault(where: str, response: httpx.Response, request: _Send) -> _Fault:
+def _foreign_fault(where: str, response: httpx.Response, request: Send) -> Fault:
     """Something in front of the server spoke: a proxy whose replica was just killed, mostly."""
     status = response.status_code
     details: dict[str, Any] = {"status": status, "request_id": request.request_id}
     if status in (429, 503):
         wait = _retry_after_s(response)
         full = OverloadedError(f"{where}: HTTP {status}", retry_after_s=wait, **details)
-        return _Fault(full, passing=True, retry_after_s=wait)
+        return Fault(full, passing=True, retry_after_s=wait)
     elif status in (408, 504):
-        return _Fault(DeadlineError(f"{where}: HTTP {status}", **details), passing=True)
+        return Fault(DeadlineError(f"{where}: HTTP {status}", **details), passing=True)
     elif status >= 500:
-        return _Fault(ServiceError(f"{where}: HTTP {status}", **details), passing=True)
+        return Fault(ServiceError(f"{where}: HTTP {status}", **details), passing=True)
     message = (
         f"{where}: HTTP {status} that is not from a raywards server. Check base_url and the "
         "route prefix"
     )
-    return _Fault(RequestRefusedError(message, **details), passing=False)
+    return Fault(RequestRefusedError(message, **details), passing=False)
 
 
 def _own_error(response: httpx.Response) -> ErrorInfo | None:
@@ -585,7 +434,7 @@ def _retry_after_s(response: httpx.Response) -> float | None:
     return seconds if 0 <= seconds < math.inf else None
 
 
-def _with_callers_index(error: RequestRefusedError, chunk: _Chunk) -> RequestRefusedError:
+def _with_callers_index(error: RequestRefusedError, chunk: Chunk) -> RequestRefusedError:
     """The same error, with the position in the caller's list and not in the slice of it."""
     found = re.match(rf"{chunk.field}\[(\d+)\]", error.field or "")
     if found is None or chunk.start == 0:
@@ -605,6 +454,10 @@ def _refuse_scalar(name: str, value: object, one: type, expected: str) -> None:
             f"{name}: expected a list such as {expected}, got a single one; put it in a list",
             reason="not_a_list",
         )
+
+
+def _rest(on_error: str) -> dict[str, str]:
+    return {} if on_error == "request" else {"on_error": on_error}
 
 
 def _is_list(value: object) -> bool:
