@@ -24,13 +24,8 @@ LAYERS = [
     ["settings", "rowset"],
     ["config", "schemas", "conversation", "sources"],
     [
-        "client.plans",
-        "client.rlhf",
-        "control_tokens",
-        "packing",
-        "families",
-        "serve.batcher",
-        "serve.keys",
+        *("client.plans", "client.rlhf", "control_tokens", "packing", "families"),
+        *("serve.batcher", "serve.keys"),
     ],
     ["client", "rendering", "attention"],
     ["preferences", "loader", "loss", "metrics", "evaluation", "heads"],
@@ -69,14 +64,8 @@ LAYERS = [
 ]
 SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
 LIGHT = [
-    "errors",
-    "trl_fields",
-    "settings",
-    "config",
-    "schemas",
-    "client",
-    "client.plans",
-    "client.rlhf",
+    *("errors", "trl_fields", "settings", "config", "schemas"),
+    *("client", "client.plans", "client.rlhf"),
 ]
 HEAVY = {"torch", "ray", "transformers"}
 

@@ -99,7 +99,7 @@ class RewardClient(Plans):
             given = rlhf.of_trl(prompts, completions)
             mode = "item" if on_error == "none" else "request"
             if given and isinstance(given[0], tuple):
-                plans, order = self._of_pairs(given, on_error=mode)  # type: ignore[arg-type]
+                plans, order = self._of_pairs(given, on_error=mode)
                 return _in_order(self._gather(plans), order)
             plans = self._of_conversations(given, on_error=mode)  # type: ignore[arg-type]
             return list(self._gather(plans))
@@ -236,7 +236,7 @@ class AsyncRewardClient(Plans):
             given = rlhf.of_trl(prompts, completions)
             mode = "item" if on_error == "none" else "request"
             if given and isinstance(given[0], tuple):
-                plans, order = self._of_pairs(given, on_error=mode)  # type: ignore[arg-type]
+                plans, order = self._of_pairs(given, on_error=mode)
                 return _in_order(await self._gather(plans), order)
             plans = self._of_conversations(given, on_error=mode)  # type: ignore[arg-type]
             return list(await self._gather(plans))
