@@ -100,7 +100,7 @@ def test_a_file_that_is_none_is_refused_at_the_start(text: str, tmp_path: Path) 
 
 
 def test_a_file_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="api_key_file=.*cannot be read"):
+    with pytest.raises(ConfigError, match=r"api_key_file=.*cannot be read"):
         Keys(None, str(tmp_path / "keys"))
 
 
