@@ -111,7 +111,7 @@ def test_each_request_gets_its_own_rewards_in_order() -> None:
 def test_an_empty_request_has_no_rewards() -> None:
     async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
         assert await batcher.submit([]) == []
-        assert await batcher.submit_each([]) == []
+        assert [found async for found in batcher.submit_each([])] == []
         assert scorer.batches == []
 
     play(scenario)
@@ -367,7 +367,8 @@ def test_a_passing_failure_is_retried_once() -> None:
 
 def test_each_sequence_of_submit_each_fails_on_its_own() -> None:
     async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
-        good, bad = await batcher.submit_each([[1], [13]])
+        found = dict([outcome async for outcome in batcher.submit_each([[1], [13]])])
+        good, bad = found[0], found[1]
         assert not isinstance(good, Exception)
         assert good.rewards == [reward_of([1])]
         assert isinstance(bad, ServiceError)

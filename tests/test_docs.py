@@ -33,7 +33,7 @@ from raywards.rowset import RowRef
 from raywards.schemas import NOT_BUILT, Message, RewardItem, RewardRequest, RewardResponse
 from raywards.schemas import Timing as ReplyTiming
 from raywards.schemas import Usage as ReplyUsage
-from raywards.serve.app import create_app
+from raywards.serve.http import create_app
 from raywards.serve.replica import RewardService
 from raywards.train.runfolder import _MAY_CHANGE
 

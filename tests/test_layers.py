@@ -38,7 +38,7 @@ LAYERS = [
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         *("train.object_storage", "train.hub"),
-        *("serve.dialects", "score_file", "batch_score"),
+        *("serve.dialects", "serve.autoscaling", "score_file", "batch_score"),
     ],
     [
         *("train.rows", "train.card", "train.adapters", "train.reshard"),
