@@ -510,11 +510,11 @@ class ServeConfig(_Frozen):
     """Replicas that always run."""
     max_replicas: Positive = 1
     """Replicas under load."""
-    target_ongoing_requests: Interval = 16.0
-    """Requests in flight per replica that autoscaling aims for."""
+    target_replica_tokens: Positive = 32_768
+    """Tokens that wait or are computed, per replica, that autoscaling aims for."""
     max_ongoing_requests: Positive = 512
     """Requests in flight per replica above which Serve holds them back."""
-    upscale_delay_s: Annotated[float, Field(ge=0)] = 5.0
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 1.0
     """How long the load must last before replicas are added."""
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
     """How long the load must be gone before replicas are removed."""
@@ -530,6 +530,12 @@ class ServeConfig(_Frozen):
     """Key that clients must send as `Authorization: Bearer KEY`."""
     api_key_file: str | None = None
     """File of keys, a client a line: `NAME KEY`. It is read again when it changes."""
+    other_models: list[str] = []
+    """Names of other served models that this endpoint answers for where a request names them."""
+    canary: str | None = None
+    """Name of another served model that answers a share of the requests for this one."""
+    canary_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The canary's share of prompts, from 0 to 1. 0 takes it out again."""
     host: str = "127.0.0.1"
     """Address that the HTTP server binds; `0.0.0.0` for other machines to reach it."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -557,6 +563,10 @@ class ServeConfig(_Frozen):
                 f"max_batch_tokens={self.max_batch_tokens} is under max_length={self.max_length}: "
                 "the longest input would never fit; raise the first or lower the second"
             )
+        if self.canary_share and not self.canary:
+            raise ValueError(f"canary_share={self.canary_share:g} without a canary; name one")
+        if self.name in (*self.other_models, self.canary):
+            raise ValueError(f"{self.name!r} is this model itself; name others")
         if not self.route_prefix.startswith("/"):
             raise ValueError(f"route_prefix={self.route_prefix!r} must start with '/'")
         return self

@@ -38,7 +38,7 @@ LAYERS = [
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         *("train.object_storage", "train.hub"),
-        *("serve.dialects", "serve.autoscaling", "score_file", "batch_score"),
+        *("serve.dialects", "serve.autoscaling", "serve.metrics", "score_file", "batch_score"),
     ],
     [
         *("train.rows", "train.card", "train.adapters", "train.reshard"),
@@ -53,7 +53,8 @@ LAYERS = [
     ["train.best", "train.stops"],
     ["train.loop"],
     ["train.cluster"],
-    ["train.planned", "serve.replica"],
+    ["train.planned", "serve.traffic"],
+    ["serve.replica"],
     ["train.trainer", "serve.http"],
     ["serve.app"],
     ["train", "serve"],

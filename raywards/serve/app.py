@@ -6,11 +6,14 @@ deploy, run  the same from Python, and as a job that stays until it is stopped
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import signal
 import threading
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -20,10 +23,13 @@ from raywards.client import RewardClient
 from raywards.config import ServeConfig
 from raywards.errors import ConfigError, RaywardsError, ServiceError, UnreachableError
 from raywards.ray_cluster import check_recorded_address
+from raywards.serve.autoscaling import TOKENS, ReplicasForTokens
 from raywards.serve.batcher import raised_at
-from raywards.serve.dialects import native
+from raywards.serve.dialects import ScoringRequest, ScoringResult, native
 from raywards.serve.http import create_app
+from raywards.serve.metrics import Metrics, make_for_ray
 from raywards.serve.replica import RewardService, load
+from raywards.serve.traffic import settings_of, taken_over, traffic_of
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -39,28 +45,41 @@ _POLL_S = 2.0
 def build(args: ServeConfig | Mapping[str, Any]) -> Application:
     """The Serve application of one reward model. Raises `ConfigError`."""
     from ray import serve
+    from ray.serve.config import AutoscalingPolicy
 
     config = args if isinstance(args, ServeConfig) else ServeConfig(**args)
+    traffic = settings_of(config)
+    # What a running replica takes over is no part of what it is started with: see `_version`.
+    fixed = taken_over(config, settings_of(ServeConfig(model=config.model)))
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=config.max_ongoing_requests,
         autoscaling_config={
             "min_replicas": config.min_replicas,
             "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.target_ongoing_requests,
+            "policy": AutoscalingPolicy(
+                policy_function=ReplicasForTokens,
+                policy_kwargs={"target_tokens": config.target_replica_tokens},
+            ),
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
             "metrics_interval_s": config.metrics_interval_s,
             "look_back_period_s": config.look_back_period_s,
         },
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        user_config=traffic,
+        # An update starts its replicas beside the old ones, which go on until it is verified.
+        max_surge_percent=100,
         # A dead replica is noticed, and replaced, at the next check. The default is 10.
         health_check_period_s=3.0,
         graceful_shutdown_timeout_s=config.request_timeout_s + 5,
         # The default of 20 keeps a bad model folder restarting for minutes.
         max_constructor_retry_count=2,
     )
-    return deployment(serve.ingress(_app_of_this_replica)(RewardReplica)).bind(config)
+    replica = deployment(serve.ingress(_app_of_this_replica)(RewardReplica))
+    # Serve restarts the replicas of a deployment whose version is another; without one it draws
+    # one at random.
+    return replica.options(version=_version(fixed), _internal=True).bind(fixed)
 
 
 def deploy(config: ServeConfig) -> DeploymentHandle[Any]:
@@ -95,7 +114,7 @@ def run(config: ServeConfig) -> None:
             application = serve.status().applications.get(config.name)
             if application is None:
                 return
-            if application.status == "DEPLOY_FAILED":
+            if application.status == "DEPLOY_FAILED" and not _runs(application):
                 raise _start_failure(config)
     finally:
         # Requests that are under way finish; where no replica came, there is none to wait for.
@@ -113,14 +132,34 @@ class RewardReplica:
 
     def __init__(self, config: ServeConfig) -> None:
         _log_to_serve()
-        self.service = load(config)
+        self.service = load(config, Metrics(config.name, make_for_ray))
         self.service.start()  # Serve calls constructors on the loop that serves requests
+        self._is_configured = False
         _log_no_messages()
 
     async def reward(self, request: dict[str, Any]) -> dict[str, Any]:
         """`POST /v1/reward` without HTTP, for callers inside the cluster. Raises `ServiceError`;
         Ray keeps the original, with its `status` and `field`, as the `cause` of what arrives."""
         return await native.reward(request, self.service)
+
+    async def score(self, request: ScoringRequest) -> ScoringResult:
+        """For other applications whose traffic this model answers. Raises `ServiceError`."""
+        return await self.service.score_here(request)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve after the constructor, and where `user_config` has changed."""
+        try:
+            self.service.traffic = traffic_of(taken_over(self.service.config, user_config))
+        except ConfigError as error:
+            if not self._is_configured:
+                raise
+            # Serve would replace a running replica by one that cannot start.
+            logger.error("the traffic stays as it was: %s", error)
+        self._is_configured = True
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve for the autoscaling policy."""
+        return {TOKENS: float(self.service.load_tokens)}
 
     async def info(self) -> dict[str, Any]:
         """`GET /info` without HTTP."""
@@ -144,6 +183,19 @@ def _app_of_this_replica() -> FastAPI:
 
 
 # ---- Ray
+
+
+def _version(config: ServeConfig) -> str:
+    """Of all that a replica is started with: settings, model files, the job's code."""
+    import ray
+
+    folder = Path(config.model)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    code = ray.get_runtime_context().get_runtime_env_string() if ray.is_initialized() else ""
+    key = config.api_key.get_secret_value() if config.api_key else ""
+    started_with = (config.model_dump_json(), key, stats, code, version("raywards"))
+    return hashlib.sha256(repr(started_with).encode()).hexdigest()[:16]
 
 
 def _log_to_serve() -> None:
@@ -198,6 +250,11 @@ def _deploy(config: ServeConfig) -> DeploymentHandle[Any]:
         return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
     except RuntimeError:
         raise _start_failure(config) from None
+
+
+def _runs(application: Any) -> bool:
+    """Whether it answers: after an update that failed, with the replicas from before."""
+    return any(one.replica_states.get("RUNNING") for one in application.deployments.values())
 
 
 def _on_signals(handle: Callable[..., object]) -> None:

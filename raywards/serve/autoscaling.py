@@ -15,14 +15,18 @@ TOKENS = "raywards_tokens"
 """Of the figures that a replica reports: tokens that wait or are being computed."""
 
 
-def replicas_for_tokens(
-    context: AutoscalingContext, *, target_tokens: int
-) -> tuple[float, dict[str, Any]]:
-    """Replicas that have `target_tokens` each. Serve applies bounds and delays to it.
+class ReplicasForTokens:
+    """A policy of Serve's: replicas that have `target_tokens` each.
 
-    While any request is under way there is one at least: tokens are counted by replicas, and from
-    zero there is none to count them.
+    Serve applies bounds and delays to what it says.
     """
-    by_replica = (context.aggregated_metrics or {}).get(TOKENS, {})
-    wanted = math.ceil(sum(by_replica.values()) / target_tokens)
-    return max(wanted, 1 if context.total_num_requests > 0 else 0), {}
+
+    def __init__(self, target_tokens: int) -> None:
+        self._target_tokens = target_tokens
+
+    def __call__(self, context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+        """While any request is under way there is one replica at least: tokens are counted by
+        replicas, and from zero there is none to count them."""
+        by_replica = (context.aggregated_metrics or {}).get(TOKENS, {})
+        wanted = math.ceil(sum(by_replica.values()) / self._target_tokens)
+        return max(wanted, 1 if context.total_num_requests > 0 else 0), {}

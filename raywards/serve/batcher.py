@@ -120,6 +120,8 @@ class Batcher:
         self._owner: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
         self._forward_started: float | None = None
+        self.computing_tokens = 0
+        """Of the present forward."""
         self._recent_tokens = 0.0
         self._recent_s = 0.0
 
@@ -427,16 +429,17 @@ class Batcher:
     async def _forward(self, entries: list[_Entry]) -> tuple[dict[bytes, float], float]:
         """Rewards by sequence, and the seconds it took. Equal sequences are computed once."""
         unique = {entry.key: list(entry.ids) for entry in entries}
+        tokens = self.computing_tokens = sum(map(len, unique.values()))
         loop = asyncio.get_running_loop()
         started = self._forward_started = time.monotonic()
         try:
             rewards = await loop.run_in_executor(self._thread, self._score, list(unique.values()))
         finally:
             self._forward_started = None
+            self.computing_tokens = 0
         seconds = time.monotonic() - started
         if len(rewards) != len(unique):
             raise RuntimeError(f"{len(rewards)} rewards for {len(unique)} sequences")
-        tokens = sum(map(len, unique.values()))
         self._measure(tokens, seconds)
         self.stats.batches += 1
         self.stats.sequences += len(entries)

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import math
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -40,6 +41,7 @@ from raywards.serve.dialects import (
     tei,
     vllm,
 )
+from raywards.serve.metrics import Metric
 from raywards.serve.replica import REQUEST_ID, RewardService, log_event
 
 logger = logging.getLogger(__name__)
@@ -105,7 +107,7 @@ def _add_path(
     echo_request_id: bool,
 ) -> None:
     async def endpoint(request: Request) -> Response:
-        request_id = _request_id(request.headers)
+        request_id, started = _request_id(request.headers), time.monotonic()
         REQUEST_ID.set(request_id)
         route = sharing[-1]  # describes what is wrong before the body is known
         try:
@@ -126,8 +128,14 @@ def _add_path(
                 response = _json(200, reply.body, reply.headers)
         except ClientDisconnect:
             response = Response(status_code=499)
+            current().metrics.put(Metric.cancelled_total)
         except Exception as error:
-            response = _error_response(_as_service_error(error, request_id), route)
+            told = _as_service_error(error, request_id)
+            response = _error_response(told, route)
+            current().metrics.put(Metric.rejected_total, reason=_reason(told))
+        code, seconds = str(response.status_code), time.monotonic() - started
+        current().metrics.put(Metric.requests_total, route=path, code=code)
+        current().metrics.put(Metric.request_seconds, seconds, route=path)
         if echo_request_id:
             response.headers["x-request-id"] = request_id
         return response
@@ -205,15 +213,14 @@ def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
 
     def models(request: Request) -> Response:
         service = current()
-        about = {
-            "id": service.config.name,
-            "object": "model",
-            "created": service.started_at,
-            "owned_by": "raywards",
+        about = {"object": "model", "created": service.started_at, "owned_by": "raywards"}
+        own = {
             "root": service.config.model,
             "max_model_len": service.info()["limits"]["max_length"],
         }
-        return _json(200, {"object": "list", "data": [about]})
+        rows = [{"id": service.config.name, **about, **own}]
+        rows += [{"id": name, **about} for name in service.traffic.others]
+        return _json(200, {"object": "list", "data": rows})
 
     def docs(request: Request) -> Response:
         prefix = request.scope.get("root_path", "").rstrip("/")
@@ -328,6 +335,15 @@ def _as_service_error(error: Exception, request_id: str) -> ServiceError:
         )
     error.request_id = request_id
     return error
+
+
+def _reason(error: ServiceError) -> str:
+    """One of few words: what a metric is labelled with."""
+    if isinstance(error, OverloadedError):
+        return "overloaded"
+    elif isinstance(error, DeadlineError):
+        return "deadline"
+    return str(error.__dict__.get("code", "refused"))
 
 
 def _error_response(error: ServiceError, route: Route) -> Response:

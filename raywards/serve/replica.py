@@ -26,6 +26,7 @@ from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
     ConversationError,
     DeadlineError,
+    NonFiniteError,
     OverloadedError,
     RequestRefusedError,
     ServiceError,
@@ -34,6 +35,8 @@ from raywards.rendering import truncate
 from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
 from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
 from raywards.serve.keys import Keys
+from raywards.serve.metrics import Metric, Metrics
+from raywards.serve.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ _CHARACTERS_PER_TOKEN = 250
 _USUAL_CHARACTERS_PER_TOKEN = 4
 _TOKENIZER_THREADS = 2
 _PROBE_S = 10.0
+_WATCH_S = 1.0
 # A forward of one batch takes seconds. One that takes this long will not come back.
 _STUCK_S = 600.0
 
@@ -76,8 +80,11 @@ class _Encoded:
 class RewardService:
     """One model, ready to score. `start()` it on the event loop that will call it."""
 
-    def __init__(self, scorer: ScorerLike, config: ServeConfig) -> None:
+    def __init__(
+        self, scorer: ScorerLike, config: ServeConfig, metrics: Metrics | None = None
+    ) -> None:
         self.config = config
+        self.metrics = metrics or Metrics(config.name)
         self.started_at = int(time.time())
         self.keys = Keys(
             config.api_key.get_secret_value() if config.api_key else None, config.api_key_file
@@ -91,23 +98,33 @@ class RewardService:
             cost=packed_cost if scorer.packs else padded_cost,
         )
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self.traffic = Traffic()
         self._tokenizing = 0
         self._closed = False
+        self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start the batcher on the running loop."""
         self._batcher.start()
+        self._watching = asyncio.get_running_loop().create_task(self._watch(), name="metrics")
 
     async def close(self) -> None:
         """Refuse new requests, finish the accepted ones."""
         self._closed = True
         await self._batcher.close()
         self._tokenizers.shutdown(wait=False)
+        if self._watching is not None:
+            self._watching.cancel()
 
     @property
     def healthy(self) -> bool:
         """Whether requests are accepted and computed."""
         return self._batcher.healthy and not self._closed
+
+    @property
+    def load_tokens(self) -> int:
+        """Tokens that wait to be tokenised, wait for a forward, or are in one: for autoscaling."""
+        return self._tokenizing + self._batcher.stats.queued_tokens + self._batcher.computing_tokens
 
     async def check(self) -> None:
         """Send a canary through the batcher; raises where rewards do not come out any more."""
@@ -140,12 +157,26 @@ class RewardService:
 
     async def score(self, request: ScoringRequest) -> ScoringResult:
         """The core. Raises `ServiceError`: refused, overloaded, too late, or failed."""
+        other = self.traffic.others.get(request.model or "")
+        if other is not None:
+            return await other.score(request)
+        return await self._score(request, self.traffic)
+
+    async def score_here(self, request: ScoringRequest) -> ScoringResult:
+        """The same, with this replica's own model in any case."""
+        return await self._score(request, Traffic())
+
+    async def _score(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
         started = time.monotonic()
         deadline = self._deadline(request)
         self._check(request)
         encoded = await self._tokenize(request, deadline)
         tokenize_s = time.monotonic() - started
         good = [one for one in encoded if isinstance(one, _Encoded)]
+        if good and self._is_canarys(good[0], request, traffic):
+            answer = await self._of_canary(request, traffic)
+            if answer is not None:
+                return answer
         rewards: list[float] | list[float | ServiceError]
         if request.fails_as_a_whole:
             scored = await self._batcher.submit_timed(**_submitted(good, deadline))
@@ -169,7 +200,7 @@ class RewardService:
             is_regression=about["problem_type"] == "regression",
             device=about["device"],
         )
-        _log_scored(result)
+        self._tell(result)
         return result
 
     async def stream(self, request: ScoringRequest) -> AsyncGenerator[tuple[int, ScoredItem], None]:
@@ -177,10 +208,21 @@ class RewardService:
 
         Raises `ServiceError` before the first, where the request as a whole is refused.
         """
+        other = self.traffic.others.get(request.model or "")
+        if other is not None:
+            async for scored in other.stream(request):
+                yield scored
+            return
         deadline = self._deadline(request)
         self._check(request)
         encoded = await self._tokenize(replace(request, fails_as_a_whole=False), deadline)
         good = [(i, one) for i, one in enumerate(encoded) if isinstance(one, _Encoded)]
+        if good and self._is_canarys(good[0][1], request, self.traffic):
+            answer = await self._of_canary(replace(request, fails_as_a_whole=False), self.traffic)
+            if answer is not None:
+                for position, item in enumerate(answer.items):
+                    yield position, item
+                return
         outcomes = self._batcher.submit_each(**_submitted([one for _, one in good], deadline))
         async with aclosing(outcomes):
             first = await anext(outcomes, None)  # refused here, or not at all
@@ -190,8 +232,29 @@ class RewardService:
             while first is not None:
                 position, outcome = first
                 index, one = good[position]
-                yield index, _scored_item(one, _reward_of(outcome))
+                item = _scored_item(one, _reward_of(outcome))
+                self._count(item)
+                yield index, item
                 first = await anext(outcomes, None)
+
+    def _is_canarys(self, first: _Encoded, request: ScoringRequest, traffic: Traffic) -> bool:
+        """Who names a revision gets it. Else the prompt decides, that of the first sequence."""
+        pinned = request.model is not None and "@" in request.model
+        return not pinned and traffic.diverts(first.ids[: first.prefix] or first.ids)
+
+    async def _of_canary(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult | None:
+        """The canary's answer; None where it has none, since the own model is there to answer."""
+        assert traffic.canary is not None
+        try:
+            result = await traffic.canary.score(replace(request, model=None))
+        except RequestRefusedError:
+            raise
+        except ServiceError as error:
+            logger.warning("the canary failed, and its request is scored here: %s", error)
+            self.metrics.put(Metric.canary_total, outcome="fallback")
+            return None
+        self.metrics.put(Metric.canary_total, outcome="answered")
+        return result
 
     def _deadline(self, request: ScoringRequest) -> float:
         limit = self.config.request_timeout_s
@@ -199,14 +262,66 @@ class RewardService:
 
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         """Called in the batcher's thread."""
+        started = time.monotonic()
         try:
-            return self._scorer.score_ids(sequences)
+            rewards = self._scorer.score_ids(sequences)
+            self._measure(sequences, time.monotonic() - started)
+            return rewards
+        except NonFiniteError:
+            self.metrics.put(Metric.nonfinite_total)
+            raise
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module lacks
                 raise
         # Outside of the handler: the error's frames hold the tensors of the failed forward.
         self._scorer.free_memory()
         raise MemoryError
+
+    # ---- metrics
+
+    def _measure(self, sequences: Sequence[Sequence[int]], seconds: float) -> None:
+        """Of one forward: its time, and the tokens that it took and was spared."""
+        real = sum(map(len, sequences))
+        padded = cached = 0
+        if self._scorer.packs:
+            prefixes = [tuple(ids[: self._scorer.split(ids)]) for ids in sequences]
+            cached = sum(map(len, prefixes)) - sum(map(len, set(prefixes)))
+        else:
+            padded = len(sequences) * max(map(len, sequences)) - real
+        put = self.metrics.put
+        put(Metric.forward_seconds, seconds)
+        put(Metric.batch_items, len(sequences))
+        put(Metric.batch_tokens, real)
+        put(Metric.padding_ratio, 1 + padded / real)
+        for kind, tokens in (("real", real), ("cached", cached), ("padded", padded)):
+            put(Metric.tokens_total, tokens, kind=kind)
+
+    def _tell(self, result: ScoringResult) -> None:
+        """Of one request: what its answer says."""
+        _log_scored(result)
+        self.metrics.put(Metric.tokenize_seconds, result.tokenize_s)
+        if result.batch_size:
+            self.metrics.put(Metric.queue_seconds, result.queue_s)
+        for item in result.items:
+            self._count(item)
+
+    def _count(self, item: ScoredItem) -> None:
+        failed = item.error is not None
+        self.metrics.put(Metric.items_total, outcome="failed" if failed else "scored")
+        self.metrics.put(Metric.truncated_total, item.truncated)
+        if item.reward is not None:
+            self.metrics.put_reward(item.reward)
+
+    async def _watch(self) -> None:
+        """Write what is a state, not an event, every second."""
+        about = self._scorer.info
+        labels = {"revision": str(about["revision"]), "dtype": str(about["dtype"])}
+        while True:
+            stats = self._batcher.stats
+            self.metrics.put(Metric.queue_items, stats.queued_sequences)
+            self.metrics.put(Metric.queue_tokens, stats.queued_tokens)
+            self.metrics.put(Metric.model_info, 1, **labels)
+            await asyncio.sleep(_WATCH_S)
 
     # ---- before tokenising
 
@@ -236,8 +351,10 @@ class RewardService:
     def _check_model(self, asked: str | None) -> None:
         name, revision = self.config.name, self._scorer.info.get("revision")
         if asked is not None and asked not in (name, f"{name}@{revision}"):
+            others = "".join(f", and {other!r}" for other in self.traffic.others)
             raise RequestRefusedError(
-                f"model: {asked[:80]!r} is not served here; {name!r} is, at revision {revision}",
+                f"model: {asked[:80]!r} is not served here; {name!r} is, at revision {revision}"
+                f"{others}",
                 status=404,
                 field="model",
                 code="model_not_found",
@@ -318,7 +435,7 @@ class RewardService:
         return _Encoded(ids, truncated, self._scorer.split(ids))
 
 
-def load(config: ServeConfig) -> RewardService:
+def load(config: ServeConfig, metrics: Metrics | None = None) -> RewardService:
     """Load and verify the model that `config` names. Raises `ModelError`, `CheckpointError`."""
     # Not in the deployment's runtime_env: one of its own would displace what the job's says.
     os.environ.setdefault(HUGE_PAGES, "1")
@@ -340,7 +457,7 @@ def load(config: ServeConfig) -> RewardService:
     )
     if config.verify:
         scorer.verify()
-    return RewardService(scorer, config)
+    return RewardService(scorer, config, metrics)
 
 
 def log_event(level: int, event: str, **fields: Any) -> None:
