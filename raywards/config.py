@@ -493,7 +493,8 @@ class ServeConfig(_Frozen):
     max_length: Positive | None = None
     """Longest sequence in tokens that is accepted. Default: what the model can take."""
     max_batch_tokens: Positive = 16_384
-    """Tokens of one forward: common prefixes counted once, or with padding where a model pads."""
+    """Tokens of one forward: common prefixes counted once, or with padding where a model pads.
+    Fewer where a GPU's memory holds no more: measured at the start, and learnt from failures."""
     deterministic: bool = False
     """Same bits for a conversation whatever is scored beside it. On CPUs; slower."""
     max_batch_sequences: Positive = 256

@@ -35,6 +35,8 @@ Truncation = Literal["error", "left", "right"]
 _MAX_BATCH_SEQUENCES = 256
 # A longer row is no faster on a CPU (bench/kernels.py).
 _CPU_ROW_TOKENS = 4096
+# The rest is for fragments, and for what else the process allocates.
+_SHARE_OF_FREE_MEMORY = 0.8
 # Weight files up to this size are hashed whole: a second each. Of larger ones, the header and the
 # start of every tensor: no training leaves all of those as they were.
 _HASHED_WHOLE_BYTES = 1 << 30
@@ -290,6 +292,25 @@ class Scorer:
         """Give memory that no tensor uses back to the device, as after running out of it."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def fit_memory(self) -> int:
+        """Lower `max_batch_tokens` to what a GPU's free memory holds; returns what it is now.
+
+        What a token takes is measured with one forward of the longest sequence. On a CPU nothing is
+        measured: memory is shared there. **Not run on a GPU yet.**
+        """
+        if self._device.type == "cuda":
+            ids = [self.vocab_size // 2] * min(self.max_length, self._max_batch_tokens)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+            self.score_ids([ids])
+            used = torch.cuda.max_memory_allocated(self._device) - before
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(self._device)
+            holds = int(_SHARE_OF_FREE_MEMORY * free * len(ids) / max(used, 1))
+            self._max_batch_tokens = max(len(ids), min(self._max_batch_tokens, holds))
+        return self._max_batch_tokens
 
     def verify(self) -> None:
         """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.

@@ -22,8 +22,10 @@ from raywards.serve.replica import RewardService
 class Served:
     """A running server, and the scorer that it asks."""
 
-    def __init__(self, url: str, scorer: Scorer, config: ServeConfig) -> None:
-        self.url, self.scorer, self.config = url, scorer, config
+    def __init__(
+        self, url: str, scorer: Scorer, config: ServeConfig, service: RewardService
+    ) -> None:
+        self.url, self.scorer, self.config, self.service = url, scorer, config, service
         self.http = httpx.Client(base_url=url, timeout=30)
 
     def post(self, path: str, body: Any, **headers: str) -> Any:
@@ -69,7 +71,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
     assert ready.wait(30)
-    running = Served(f"http://127.0.0.1:{port}", scorer, config)
+    running = Served(f"http://127.0.0.1:{port}", scorer, config, current())
     try:
         yield running
     finally:

@@ -29,7 +29,7 @@ from raywards.serve.dialects import ScoringRequest, ScoringResult, native
 from raywards.serve.http import create_app
 from raywards.serve.metrics import Metrics, make_for_ray
 from raywards.serve.replica import RewardService, load
-from raywards.serve.traffic import settings_of, taken_over, traffic_of
+from raywards.serve.traffic import SETTINGS, settings_of, taken_over, traffic_of
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 DEPLOYMENT = "RewardModel"
 
 _POLL_S = 2.0
+# What Serve does itself: it changes without a restart of the replicas.
+_OF_SERVE = {
+    *("min_replicas", "max_replicas", "target_replica_tokens", "max_ongoing_requests"),
+    *("upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s"),
+    *("route_prefix", "host", "port", *SETTINGS),
+}
 
 
 def build(args: ServeConfig | Mapping[str, Any]) -> Application:
@@ -48,9 +54,6 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
     from ray.serve.config import AutoscalingPolicy
 
     config = args if isinstance(args, ServeConfig) else ServeConfig(**args)
-    traffic = settings_of(config)
-    # What a running replica takes over is no part of what it is started with: see `_version`.
-    fixed = taken_over(config, settings_of(ServeConfig(model=config.model)))
     deployment = serve.deployment(
         name=DEPLOYMENT,
         max_ongoing_requests=config.max_ongoing_requests,
@@ -67,7 +70,7 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
             "look_back_period_s": config.look_back_period_s,
         },
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-        user_config=traffic,
+        user_config=settings_of(config),
         # An update starts its replicas beside the old ones, which go on until it is verified.
         max_surge_percent=100,
         # A dead replica is noticed, and replaced, at the next check. The default is 10.
@@ -79,7 +82,7 @@ def build(args: ServeConfig | Mapping[str, Any]) -> Application:
     replica = deployment(serve.ingress(_app_of_this_replica)(RewardReplica))
     # Serve restarts the replicas of a deployment whose version is another; without one it draws
     # one at random.
-    return replica.options(version=_version(fixed), _internal=True).bind(fixed)
+    return replica.options(version=_version(config), _internal=True).bind(config)
 
 
 def deploy(config: ServeConfig) -> DeploymentHandle[Any]:
@@ -194,7 +197,8 @@ def _version(config: ServeConfig) -> str:
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = ray.get_runtime_context().get_runtime_env_string() if ray.is_initialized() else ""
     key = config.api_key.get_secret_value() if config.api_key else ""
-    started_with = (config.model_dump_json(), key, stats, code, version("raywards"))
+    settings = config.model_dump_json(exclude=_OF_SERVE)
+    started_with = (settings, key, stats, code, version("raywards"))
     return hashlib.sha256(repr(started_with).encode()).hexdigest()[:16]
 
 

@@ -457,6 +457,7 @@ def load(config: ServeConfig, metrics: Metrics | None = None) -> RewardService:
     )
     if config.verify:
         scorer.verify()
+    config = config.model_copy(update={"max_batch_tokens": scorer.fit_memory()})
     return RewardService(scorer, config, metrics)
 
 
