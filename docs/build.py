@@ -1,6 +1,7 @@
 """Writes the generated pages, from docstrings and tables: `python docs/build.py`.
 
-They are `settings.md`, `bad_rows.md` and, where TRL is installed, `trl.md`.
+They are `settings.md`, `bad_rows.md`, `grafana.json`, a table in `operations.md` and, where TRL is
+installed, `trl.md`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from pydantic import TypeAdapter
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import grafana  # noqa: E402
+
 from raywards.config import RewardConfig, ScoreConfig, ServeConfig, TrainJob  # noqa: E402
 from raywards.preferences import REASONS  # noqa: E402
+from raywards.serve.metrics import Metric  # noqa: E402
 from raywards.settings import field_names  # noqa: E402
 from raywards.trl_fields import REFUSED  # noqa: E402
 
@@ -68,6 +72,8 @@ def pages() -> dict[str, str]:
     reasons = [(f"`{reason}`", meaning) for reason, meaning in REASONS.items()]
     made = {
         "settings.md": "\n\n".join(parts) + "\n",
+        "grafana.json": grafana.dashboard(),
+        "operations.md": with_metrics((HERE / "operations.md").read_text(encoding="utf-8")),
         "bad_rows.md": "\n\n".join([BAD_ROWS, table(("reason", "meaning"), reasons)]) + "\n",
     }
     if importlib.util.find_spec("trl") is not None:
@@ -75,6 +81,22 @@ def pages() -> dict[str, str]:
 
         made["trl.md"] = beside_trl.page(table, word)
     return made
+
+
+def with_metrics(page: str) -> str:
+    """`page` with the table of metrics between its two marks."""
+    rows = [
+        (
+            f"`raywards_{one.name}`",
+            one.value.type.lower(),
+            ", ".join(one.value.labels),
+            one.value.text,
+        )
+        for one in Metric
+    ]
+    before, begin, rest = page.partition("<!-- metrics -->\n")
+    _, end, after = rest.partition("<!-- end of metrics -->")
+    return f"{before}{begin}{table(('metric', 'kind', 'labels', ''), rows)}\n{end}{after}"
 
 
 def tables(cls: type[Any]) -> list[str]:

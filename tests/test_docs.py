@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast, get_args
 import datasets
 import httpx
 import pytest
+import yaml
 from preferences_data import conversation_rows
 from tiny import chatml_tokenizer, tiny_qwen2
 
@@ -33,8 +34,10 @@ from raywards.rowset import RowRef
 from raywards.schemas import NOT_BUILT, Message, RewardItem, RewardRequest, RewardResponse
 from raywards.schemas import Timing as ReplyTiming
 from raywards.schemas import Usage as ReplyUsage
+from raywards.serve.app import DEPLOYMENT
 from raywards.serve.http import create_app
 from raywards.serve.replica import RewardService
+from raywards.serve.traffic import taken_over
 from raywards.train.runfolder import _MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
@@ -399,3 +402,36 @@ def test_the_other_routes_and_the_key_are_as_the_page_says(folder: Path, server:
         assert guarded.send("GET", path).status_code == 404
     encoded = guarded.send("POST", "/v1/reward", body, **{"content-encoding": "gzip"})
     assert encoded.status_code == 401  # the key comes first
+
+
+# ---- operations.md
+
+
+def test_the_config_files_for_serve_are_taken_by_serve_and_by_us() -> None:
+    from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+
+    page = (DOCS / "operations.md").read_text(encoding="utf-8")
+    whole, traffic = [yaml.safe_load(block.text) for block in blocks(page, "yaml")]
+    shipped = yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text(encoding="utf-8"))
+    for config in (whole, shipped):
+        ServeDeploySchema.model_validate(config)
+        # Serve refuses no key that it does not know.
+        assert set(config) <= set(ServeDeploySchema.model_fields)
+        [application] = config["applications"]
+        assert set(application) <= set(ServeApplicationSchema.model_fields)
+        served = ServeConfig(**application["args"])
+        assert (served.name, served.route_prefix) == (application["name"], "/")
+    [deployment] = shipped["applications"][0]["deployments"]
+    for one in (deployment, *traffic["deployments"]):
+        assert one["name"] == DEPLOYMENT
+        taken_over(ServeConfig(model="m"), one["user_config"])
+
+
+def test_the_canary_of_the_page_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ServeConfig] = []
+    monkeypatch.setattr("raywards.serve.deploy", given.append)
+    page = (DOCS / "operations.md").read_text(encoding="utf-8")
+    [block] = blocks(page, "python")
+    exec(block.text, {})
+    assert [config.name for config in given] == ["rm-2", "rm"]
+    assert given[1].canary == given[0].name

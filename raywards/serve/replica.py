@@ -22,6 +22,8 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from opentelemetry import trace
+
 from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
     ConversationError,
@@ -39,6 +41,8 @@ from raywards.serve.metrics import Metric, Metrics
 from raywards.serve.traffic import Traffic
 
 logger = logging.getLogger(__name__)
+# Spans go nowhere unless Serve's tracing is switched on (docs/operations.md).
+_TRACER = trace.get_tracer("raywards")
 
 REQUEST_ID: ContextVar[str | None] = ContextVar("raywards_request_id", default=None)
 """Of the request that this task serves: for the log."""
@@ -167,6 +171,10 @@ class RewardService:
         return await self._score(request, Traffic())
 
     async def _score(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
+        with _TRACER.start_as_current_span("raywards.score"):
+            return await self._score_traced(request, traffic)
+
+    async def _score_traced(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
         started = time.monotonic()
         deadline = self._deadline(request)
         self._check(request)
@@ -298,7 +306,9 @@ class RewardService:
 
     def _tell(self, result: ScoringResult) -> None:
         """Of one request: what its answer says."""
-        _log_scored(result)
+        about = _in_numbers(result)
+        log_event(logging.INFO, "scored", **about)
+        trace.get_current_span().set_attributes({f"raywards.{k}": v for k, v in about.items()})
         self.metrics.put(Metric.tokenize_seconds, result.tokenize_s)
         if result.batch_size:
             self.metrics.put(Metric.queue_seconds, result.queue_s)
@@ -468,19 +478,18 @@ def log_event(level: int, event: str, **fields: Any) -> None:
         logger.log(level, "%s", json.dumps(line))
 
 
-def _log_scored(result: ScoringResult) -> None:
-    log_event(
-        logging.INFO,
-        "scored",
-        items=len(result.items),
-        failed=sum(item.error is not None for item in result.items),
-        truncated=sum(item.truncated for item in result.items),
-        tokens=sum(item.num_tokens or 0 for item in result.items),
-        queue_ms=round(result.queue_s * 1e3, 1),
-        tokenize_ms=round(result.tokenize_s * 1e3, 1),
-        forward_ms=round(result.forward_s * 1e3, 1),
-        batch_size=result.batch_size,
-    )
+def _in_numbers(result: ScoringResult) -> dict[str, float]:
+    """Of one answer, for the log and the trace."""
+    return {
+        "items": len(result.items),
+        "failed": sum(item.error is not None for item in result.items),
+        "truncated": sum(item.truncated for item in result.items),
+        "tokens": result.num_tokens,
+        "queue_ms": round(result.queue_s * 1e3, 1),
+        "tokenize_ms": round(result.tokenize_s * 1e3, 1),
+        "forward_ms": round(result.forward_s * 1e3, 1),
+        "batch_size": result.batch_size,
+    }
 
 
 def _submitted(encoded: Sequence[_Encoded], deadline: float) -> dict[str, Any]:

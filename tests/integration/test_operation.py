@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -243,11 +245,15 @@ def test_replicas_come_with_the_tokens_and_go_and_one_that_is_killed_is_replaced
         back_s = wait_for(lambda: len(replicas()) == 3 and victim not in replicas())
         answers = load.phase()
     with Load(config, rewards).running(clients=1) as load:
+        started = time.monotonic()
         deploy(config.model_copy(update={"max_replicas": 3, "target_replica_tokens": 10**6}))
-        down_s = wait_for(lambda: running_replicas() == 1, within_s=90)
+        wait_for(lambda: running_replicas() == 1, within_s=90)
+        down_s = time.monotonic() - started
         assert load.phase()["old"] > 0
     print(f"3 replicas after {up_s:.1f} s, {answers['old']} answers", end="; ")
-    print(f"a killed one replaced after {back_s:.1f} s, 1 replica {down_s:.1f} s after the load")
+    print(
+        f"a killed one replaced after {back_s:.1f} s, 1 replica {down_s:.1f} s after one was enough"
+    )
 
 
 def test_from_zero_replicas_the_first_request_is_answered(
@@ -311,15 +317,16 @@ finally:
 
 
 def test_behind_haproxy_the_rewards_are_the_same(
-    config: ServeConfig, rewards: dict[str, list[float]], tmp_path: Path
+    config: ServeConfig, rewards: dict[str, list[float]]
 ) -> None:
     settings = config.model_dump_json(include={"model", "max_batch_tokens", "num_cpus"})
     port = free_port() + 1
+    ray_folder = tempfile.mkdtemp(prefix="rw")  # the path of a socket in it must be short
     given = settings[:-1] + f', "port": {port}}}'
     environment = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_TMPDIR": str(tmp_path),
+        "RAY_TMPDIR": ray_folder,
     }
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(HAPROXY), given],
@@ -336,3 +343,4 @@ def test_behind_haproxy_the_rewards_are_the_same(
         assert any("haproxy" in child.name() for child in below), "something else was tested"
     finally:
         process.communicate("\n", timeout=90)
+        shutil.rmtree(ray_folder)
