@@ -197,10 +197,8 @@ async def asked(
             found = await opened(args, texts.stream("single"), side, http, url, share * reached)
             rows.append({**row, **found})
             tell(rows[-1])
-        rows.append(
-            {"side": side, "check": "rewards", **await agreement(args, texts, side, http, url)}
-        )
-    return rows
+    found = await agreement(args, texts, side, url)
+    return [*rows, {"side": side, "check": "rewards", **found}]
 
 
 async def beside_ping(
@@ -332,9 +330,7 @@ def latency(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_ms": 1e3 * cuts[p - 1] for p in (50, 95, 99)}
 
 
-async def agreement(
-    args: argparse.Namespace, texts: Texts, side: str, http: aiohttp.ClientSession, url: str
-) -> dict[str, Any]:
+async def agreement(args: argparse.Namespace, texts: Texts, side: str, url: str) -> dict[str, Any]:
     """Of 64 conversations: how far its rewards are from those of transformers, in fp32."""
     from raywards import Scorer
 
@@ -343,7 +339,9 @@ async def agreement(
     )
     sample = texts.single[:64]
     expected = scorer.score_ids([scorer.encode_rendered(text) for text in sample])
-    found = [reward_in(side, await ask(http, url, side, text)) for text in sample]
+    # New connections: servers close idle ones, and loading the model took some seconds.
+    async with session() as http:
+        found = [reward_in(side, await ask(http, url, side, text)) for text in sample]
     gap = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     return {
         "largest_difference": gap,
