@@ -65,7 +65,9 @@ def test_grpo_logs_the_rewards_of_the_scorer(kind: Any, rm: Served, tmp_path: Pa
     assert len(means) == STEPS
     assert all(spread > 1e-4 for spread in spreads), "all the same: proves nothing"
     for mean, (prompts_of_step, completions) in zip(means, asked, strict=True):
-        talks = [prompt + answer for prompt, answer in zip(prompts_of_step, completions, strict=True)]
+        talks = [
+            prompt + answer for prompt, answer in zip(prompts_of_step, completions, strict=True)
+        ]
         assert len(talks) == 4
         rewards = rm.scorer.score(talks)
         assert mean == pytest.approx(sum(rewards) / len(rewards), abs=1e-5)
