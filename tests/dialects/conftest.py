@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gates import KEY, Gate
 from served import Served, served
 from talks import TALKS
 from tiny import tiny_qwen2
@@ -61,49 +58,6 @@ def rewards(rm: Served) -> list[float]:
     return found
 
 
-class Gate:
-    """Holds up the forward of a running server, until it is opened."""
-
-    def __init__(self, server: Served) -> None:
-        self.server = server
-        self._open = threading.Event()
-        score_ids = server.scorer.score_ids
-
-        def held(sequences: Any, **options: Any) -> list[float]:
-            assert self._open.wait(60)
-            return score_ids(sequences, **options)
-
-        server.scorer.score_ids = held  # type: ignore[method-assign]
-
-    def close(self) -> None:
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
-
-
-@contextmanager
-def filled(gate: Gate) -> Iterator[None]:
-    """The queue of a server with room for 200 tokens is full, until the gate is opened."""
-    gate.close()
-    with ThreadPoolExecutor(2) as others:
-        asked = []
-        for tokens in (150, 190):  # one in the forward, one that waits
-            body = {"input_ids": [5 + len(asked)] * tokens}
-            asked.append(others.submit(gate.server.http.post, "/v1/reward", json=body))
-            while gate.server.http.get("/info").json()["batcher"]["queued_tokens"] < tokens:
-                assert not asked[-1].done(), asked[-1].result().text
-                if tokens == 150:  # it has been taken from the queue
-                    time.sleep(0.2)
-                    break
-                time.sleep(0.01)
-        try:
-            yield
-        finally:
-            gate.open()
-        assert [one.result().status_code for one in asked] == [200, 200]
-
-
 @pytest.fixture(scope="session")
 def small(folder: Path) -> Iterator[Gate]:
     """A server with room for 200 tokens in its queue."""
@@ -132,9 +86,6 @@ def broken(folder: Path) -> Iterator[Served]:
 
         running.scorer.score_ids = fails  # type: ignore[method-assign]
         yield running
-
-
-KEY = "the-key-of-all-clients"
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ import openai
 import pytest
 from cohere.errors import NotFoundError, TooManyRequestsError, UnauthorizedError
 from cohere.errors import UnprocessableEntityError as CohereUnprocessable
-from conftest import KEY, Gate, filled
 from contract import RENDERED
+from gates import KEY, Gate, filled
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from served import Served

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import KEY, Gate, filled
 from contract import EXAMPLES, Example, shape
+from gates import KEY, Gate, filled
 from served import Served
 
 from raywards.serve.http import ROUTES

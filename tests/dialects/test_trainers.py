@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import KEY, Gate, filled
+from gates import KEY, Gate, filled
 from peers import OpenRLHF, Slime, Verl, as_openrlhf_reads, load_python
 from served import Served
 from talks import ANSWERS, QUESTION, TALKS
