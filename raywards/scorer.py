@@ -268,7 +268,7 @@ class Scorer:
             if truncation == "error":
                 raise ConversationError(
                     f"{len(checked)} tokens are more than max_length={self.max_length}; shorten "
-                    "it, or ask encode() for truncation 'left' or 'right'.",
+                    "it, or ask for truncation 'left' or 'right'.",
                     reason="too_long",
                 )
             checked = truncate(checked, self.max_length, truncation)

@@ -44,7 +44,7 @@ LAYERS = [
         *("train.rows", "train.card", "train.adapters", "train.reshard"),
         *("serve.dialects.errors", "serve.dialects.bodies"),
     ],
-    ["serve.dialects.tei"],
+    ["serve.dialects.tei", "serve.dialects.vllm"],
     ["serve.dialects.*"],
     ["train.tuning", "train.job"],
     ["train.start", "train.finished"],

@@ -352,9 +352,10 @@ class RewardService:
         limit = self._scorer.max_length
         if request.max_length is not None and request.max_length > limit:
             raise RequestRefusedError(
-                f"max_length: {request.max_length} is more than this model's {limit}",
+                f"{request.max_length_field}: {request.max_length} is more than this model's "
+                f"{limit}",
                 status=422,
-                field="max_length",
+                field=request.max_length_field,
                 code="invalid_value",
             )
 

@@ -1,12 +1,14 @@
-"""One server for all dialects: a model that says regression, and the same one that does not."""
+"""Servers for all dialects: raw, with an activation, guarded by a key, full, late and broken."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from gates import KEY, Gate
 from served import Served, served
 from talks import TALKS
 from tiny import tiny_qwen2
@@ -54,3 +56,40 @@ def rewards(rm: Served) -> list[float]:
     found = rm.scorer.score(TALKS)
     assert len({round(reward, 4) for reward in found}) == len(found), "all the same: proves nothing"
     return found
+
+
+@pytest.fixture(scope="session")
+def small(folder: Path) -> Iterator[Gate]:
+    """A server with room for 200 tokens in its queue."""
+    with served(folder, max_queued_tokens=200) as running:
+        gate = Gate(running)
+        gate.open()
+        yield gate
+
+
+@pytest.fixture(scope="session")
+def late(folder: Path) -> Iterator[Served]:
+    """A server that never scores anything in time."""
+    with served(folder, request_timeout_s=0.2) as running:
+        gate = Gate(running)
+        yield running
+        gate.open()
+
+
+@pytest.fixture(scope="session")
+def broken(folder: Path) -> Iterator[Served]:
+    """A server whose model fails."""
+    with served(folder) as running:
+
+        def fails(sequences: Any, **options: Any) -> list[float]:
+            raise RuntimeError("the model failed")
+
+        running.scorer.score_ids = fails  # type: ignore[method-assign]
+        yield running
+
+
+@pytest.fixture(scope="session")
+def guarded(folder: Path) -> Iterator[Served]:
+    """A server with a key, and few items a request."""
+    with served(folder, api_key=KEY, max_items_per_request=8) as running:
+        yield running

@@ -153,6 +153,8 @@ class ScoringRequest:
     model: str | None = None
     truncation: Truncation = "error"
     max_length: int | None = None
+    max_length_field: str = "max_length"
+    """What the caller wrote it under."""
     timeout_s: float | None = None
     fails_as_a_whole: bool = True
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import struct
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
@@ -80,3 +82,13 @@ def plain(messages: Sequence[Message]) -> list[Mapping[str, Any]]:
 def conversation_of(messages: Sequence[Message], variables: Mapping[str, Any] | None) -> Item:
     """The one conversation of a body with OpenAI's `messages`."""
     return Conversation("messages", plain(messages), variables or None)
+
+
+def vector_of_one(reward: float, encoding_format: Literal["float", "base64"]) -> list[float] | str:
+    """A reward where a peer has a vector: numbers, or base64 of float32s, which holds it exactly.
+
+    OpenAI's client asks for base64 unless it is told otherwise.
+    """
+    if encoding_format == "float":
+        return [reward]
+    return base64.b64encode(struct.pack("<f", reward)).decode()

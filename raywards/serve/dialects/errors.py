@@ -72,6 +72,8 @@ def vllm(error: ServiceError) -> tuple[int, dict[str, Any]]:
 def tei(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """The words of text-embeddings-inference: 429 where it is full, 424 where the model failed."""
     status = error.status or 500
+    if error.__dict__.get("code") == "empty":
+        return 400, {"error": str(error), "error_type": "Empty"}
     status = {503: 429, 500: 424}.get(status, status)
     kind = {424: "Backend", 429: "Overloaded", 504: "Backend"}.get(status, "Validation")
     return status, {"error": str(error), "error_type": kind}

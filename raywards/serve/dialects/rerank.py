@@ -1,9 +1,10 @@
 """Rerankers of Cohere, Jina, vLLM and infinity: one query, several documents, best first.
 
 The query is the prompt and each document a response to it. `relevance_score` is the sigmoid of the
-reward, or the reward with `raw_scores`; the order is that of the rewards. `/v2/rerank` answers as
-Cohere's second version does; `/rerank` and `/v1/rerank` have the fields of all the others at once.
-TEI's bodies, known by `texts`, are answered by `tei.py`.
+reward, or the reward with infinity's `raw_scores: true` or vLLM's `use_activation: false`; the
+order is that of the rewards. `/v2/rerank` answers as Cohere's second version does; `/rerank` and
+`/v1/rerank` have the fields of all the others at once. TEI's bodies, known by `texts`, are answered
+by `tei.py`.
 """
 
 from __future__ import annotations
@@ -21,22 +22,23 @@ from raywards.serve.dialects import (
     Reply,
     Response,
     Route,
-    ScoringRequest,
     errors,
     sigmoid,
 )
-from raywards.serve.dialects.bodies import ModelName, read
+from raywards.serve.dialects.bodies import read
 from raywards.serve.dialects.tei import best_first
+from raywards.serve.dialects.vllm import PoolingOptions, modern, scoring
 
-# Nothing is kept between requests; `user` does nothing at vLLM either.
-IGNORED = frozenset({"user", "cache_salt"})
+# `user` does nothing at vLLM either; nothing is kept between requests, and no row padded.
+IGNORED = frozenset({"user", "cache_salt", "padding"})
 NOT_BUILT = {
-    "max_tokens_per_doc": "documents are not cut into pieces",
+    "max_tokens_per_doc": "texts are not cut one by one",
     "max_chunks_per_doc": "documents are not cut into pieces",
     "rank_fields": "documents are texts",
     "instruct": "put the instruction into the query",
-    "priority": "requests are served oldest first",
-    "truncate_prompt_tokens": "documents are not cut",
+    "max_tokens_per_query": "texts are not cut one by one",
+    "instruction": "put it into the query",
+    "relevant_spans": "a reward is one of the whole document",
     "mm_processor_kwargs": "text alone is scored",
 }
 
@@ -60,21 +62,28 @@ Document = Annotated[
 ]
 
 
-class RerankQuery(Strict):
-    """Body of `POST /rerank` and `POST /v1/rerank`."""
+class RerankQuery(PoolingOptions):
+    """Body of `POST /rerank`, `POST /v1/rerank` and `POST /v2/rerank`."""
 
     query: RenderedText
     """The prompt."""
     documents: Some[Document]
     """The responses, texts or `{"text": ...}`."""
-    model: ModelName | None = None
-    """Name of the served model. Default: whichever is served."""
     top_n: Annotated[int, Field(ge=0)] | None = None
     """How many to return, the best; default, and 0: all."""
     return_documents: bool | None = None
     """Repeat the documents. Default: yes; `/v2/rerank`: no."""
     raw_scores: bool = False
     """The reward itself, and no sigmoid."""
+
+
+class RepeatedDocument(ReplyModel):
+    """A document, as Jina and vLLM repeat it."""
+
+    text: str
+    """The response."""
+    multi_modal: None = None
+    """Always null."""
 
 
 class RankedDocument(ReplyModel):
@@ -84,7 +93,7 @@ class RankedDocument(ReplyModel):
     """Position in the request."""
     relevance_score: float
     """The sigmoid of the reward, or the reward."""
-    document: TextDocument | None = None
+    document: RepeatedDocument | None = None
     """The document."""
 
 
@@ -129,12 +138,12 @@ class RerankV2Response(ReplyModel):
 
 async def rerank(call: Call, core: Core) -> Reply:
     """The documents, best first, with all that one of the peers would say."""
-    request = read(RerankQuery, call.body, ignored=IGNORED, not_built=NOT_BUILT)
+    request = _read(call)
     result, results = await _ranked(request, core, repeat=request.return_documents is not False)
     tokens = result.num_tokens
     return Reply(
         {
-            "id": f"rerank-{call.request_id}",
+            "id": f"rerank-{call.given_id or request.request_id or call.request_id}",
             "object": "rerank",
             "created": int(time.time()),
             "model": result.model,
@@ -147,7 +156,7 @@ async def rerank(call: Call, core: Core) -> Reply:
 
 async def rerank_v2(call: Call, core: Core) -> Reply:
     """The documents, best first, as Cohere's second version."""
-    request = read(RerankQuery, call.body, ignored=IGNORED, not_built=NOT_BUILT)
+    request = _read(call)
     _, results = await _ranked(request, core, repeat=request.return_documents is True)
     return Reply({"id": call.request_id, "results": results, "meta": _meta("2")})
 
@@ -161,17 +170,22 @@ ROUTES = (
 )
 
 
+def _read(call: Call) -> RerankQuery:
+    return read(RerankQuery, modern(call.body), ignored=IGNORED, not_built=NOT_BUILT)
+
+
 async def _ranked(request: RerankQuery, core: Core, *, repeat: bool) -> tuple[Any, list[Any]]:
     texts = [one if isinstance(one, str) else one.text for one in request.documents]
     items = [Response(f"documents[{i}]", request.query, text) for i, text in enumerate(texts)]
-    result = await core.score(ScoringRequest(items=items, model=request.model))
+    result = await core.score(scoring(request, items))
     rewards = result.rewards
-    scores = rewards if request.raw_scores else [sigmoid(reward) for reward in rewards]
+    raw = request.raw_scores or not request.use_activation
+    scores = rewards if raw else [sigmoid(reward) for reward in rewards]
     ranked = [
         {
             "index": index,
             "relevance_score": scores[index],
-            **({"document": {"text": texts[index]}} if repeat else {}),
+            **({"document": {"text": texts[index], "multi_modal": None}} if repeat else {}),
         }
         for index in best_first(rewards)
     ]

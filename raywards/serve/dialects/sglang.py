@@ -35,7 +35,7 @@ from raywards.serve.dialects import (
     ScoringRequest,
     errors,
 )
-from raywards.serve.dialects.bodies import Input, ModelName, items_of, read
+from raywards.serve.dialects.bodies import Input, ModelName, items_of, read, vector_of_one
 
 # SGLang does nothing with `user`.
 IGNORED = frozenset({"user"})
@@ -122,8 +122,8 @@ class EmbeddingRequest(Strict):
     """Rendered text or token ids, or a list of either."""
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
-    encoding_format: Literal["float"] = "float"
-    """Rewards are JSON numbers."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """JSON numbers, or base64 of the vector's float32s."""
     rid: RequestId | None = None
     """The caller's name for the request."""
     priority: Literal[0] | None = None
@@ -172,8 +172,8 @@ class Embedding(ReplyModel):
     """Always `embedding`."""
     index: int
     """Position in the request."""
-    embedding: list[float]
-    """The reward."""
+    embedding: list[float] | str
+    """The reward, or base64 of it."""
 
 
 class EmbeddingUsage(ReplyModel):
@@ -235,8 +235,9 @@ async def embeddings(call: Call, core: Core) -> Reply:
     request = _read(EmbeddingRequest, call.body)
     items = items_of("input", request.input, special_tokens=True)
     result = await core.score(ScoringRequest(items=items, model=request.model))
+    form = request.encoding_format
     data = [
-        {"object": "embedding", "index": i, "embedding": [reward]}
+        {"object": "embedding", "index": i, "embedding": vector_of_one(reward, form)}
         for i, reward in enumerate(result.rewards)
     ]
     usage = {"prompt_tokens": result.num_tokens, "total_tokens": result.num_tokens}

@@ -4,8 +4,12 @@ Scores are the sigmoid of the reward unless `raw_scores`. A pair of texts is a p
 response; `["a", "b"]` is one such pair, `[["a"], ["b"]]` are two single texts. As there, a text
 that is too long is cut at its end unless `truncate` is false.
 
-Fields of huggingface/text-embeddings-inference 1.9, router/src/http/types.rs. `parameters` is what
-`huggingface_hub.InferenceClient` adds.
+A body with `parameters` is that of the Hugging Face inference API, which `InferenceClient` of
+huggingface_hub sends: its reply to one text is a list in a list. There, `["a", "b"]` would be two
+texts, so it is refused.
+
+Fields of huggingface/text-embeddings-inference 1.9, router/src/http/types.rs, and of
+huggingface_hub 2.4, inference/_generated/types/text_classification.py.
 """
 
 from __future__ import annotations
@@ -70,7 +74,7 @@ class PredictRequest(Strict):
     raw_scores: bool = False
     """The reward itself, and no sigmoid."""
     parameters: Parameters | None = None
-    """Of the Hugging Face inference API."""
+    """Of the Hugging Face inference API: the reply is a list of lists."""
 
 
 class RerankRequest(Strict):
@@ -114,6 +118,13 @@ async def predict(call: Call, core: Core) -> Reply:
     """The one label with its score: of a text or a pair, or of each entry of a batch."""
     request = read(PredictRequest, call.body)
     kind = _kind(request.inputs)
+    of_the_hub = request.parameters is not None
+    if of_the_hub and kind == "|pair":
+        raise refused(
+            'inputs: ["a", "b"] is a pair for text-embeddings-inference, and two texts for the '
+            'inference API that has `parameters`; write [["a", "b"]] or [["a"], ["b"]]',
+            field="inputs",
+        )
     given: Any = [request.inputs] if kind == "|pair" else request.inputs
     items: list[Item]
     if kind == "|text":
@@ -124,11 +135,14 @@ async def predict(call: Call, core: Core) -> Reply:
     result = await core.score(ScoringRequest(items=items, truncation=_truncation(request)))
     scores = _scores(result, raw=_wants_raw(request))
     predictions = [[{"score": score, "label": result.label}] for score in scores]
-    return Reply(predictions if kind == "|batch" else predictions[0], timings(result, items))
+    many = kind == "|batch" or of_the_hub
+    return Reply(predictions if many else predictions[0], timings(result, items))
 
 
 async def rerank(call: Call, core: Core) -> Reply:
     """The responses, best first."""
+    if isinstance(call.body, dict) and call.body.get("texts") == []:
+        raise refused("texts: is empty; expected the responses", field="texts", code="empty")
     request = read(RerankRequest, call.body)
     items = [Response(f"texts[{i}]", request.query, text) for i, text in enumerate(request.texts)]
     result = await core.score(ScoringRequest(items=items, truncation=_truncation(request)))

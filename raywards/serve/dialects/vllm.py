@@ -38,7 +38,14 @@ from raywards.serve.dialects import (
     errors,
     sigmoid,
 )
-from raywards.serve.dialects.bodies import Input, ModelName, conversation_of, items_of, read
+from raywards.serve.dialects.bodies import (
+    Input,
+    ModelName,
+    conversation_of,
+    items_of,
+    read,
+    vector_of_one,
+)
 
 # vLLM does nothing with `user`; we keep no cache between requests that a salt could part, and pad
 # no row that a request could ask to.
@@ -48,6 +55,10 @@ NOT_BUILT = {
     "media_io_kwargs": "text alone is scored",
     "mm_processor_kwargs": "text alone is scored",
     "normalize": "it is called `use_activation`",
+    "rid": "it is called `request_id`",
+    "max_tokens_per_query": "texts are not cut one by one",
+    "max_tokens_per_doc": "texts are not cut one by one",
+    "instruction": "put it into the prompt",
     "dimensions": "a reward has one dimension",
     "embed_dtype": "rewards are JSON numbers",
     "endianness": "rewards are JSON numbers",
@@ -56,15 +67,15 @@ NOT_BUILT = {
 _OLD_NAMES = ("activation", "softmax")
 
 
-class _Pooled(Strict):
-    """What all of these routes take."""
+class PoolingOptions(Strict):
+    """What all of vLLM's pooling routes take."""
 
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     """Longest sequence in tokens, beyond which it is cut; -1: the model's own. Default: refused."""
-    truncation_side: Literal["left", "right"] = "left"
-    """Where it is cut: `left` keeps the last tokens."""
+    truncation_side: Literal["left", "right"] = "right"
+    """Where it is cut: `left` keeps the last tokens, `right` the first."""
     request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
     """Stands in the reply's `id`, unless the header `X-Request-Id` does."""
     priority: Literal[0] = 0
@@ -73,16 +84,16 @@ class _Pooled(Strict):
     """False: the raw reward. True: the sigmoid of it, unless the model's config says regression."""
 
     @model_validator(mode="after")
-    def _cuts_to_something(self) -> _Pooled:
+    def _cuts_to_something(self) -> PoolingOptions:
         if self.truncate_prompt_tokens == 0:
             raise finding("truncate_prompt_tokens", "0 tokens have no reward; -1 or at least 1")
         return self
 
 
-Asked = TypeVar("Asked", bound=_Pooled)
+Asked = TypeVar("Asked", bound=PoolingOptions)
 
 
-class ClassifyRequest(_Pooled):
+class ClassifyRequest(PoolingOptions):
     """Body of `POST /classify`: `input`, or one conversation as `messages`."""
 
     input: Input | None = None
@@ -117,14 +128,14 @@ class PoolingRequest(ClassifyRequest):
 
     task: Literal["classify"] = "classify"
     """A reward model classifies."""
-    encoding_format: Literal["float"] = "float"
-    """Rewards are JSON numbers."""
+    encoding_format: Literal["float", "base64"] = "float"
+    """JSON numbers, or base64 of the vector's float32s."""
 
 
 OneOrMany = Annotated[Text, Field(min_length=1)] | Some[Annotated[Text, Field(min_length=1)]]
 
 
-class ScoreRequest(_Pooled):
+class ScoreRequest(PoolingOptions):
     """Body of `POST /score`: prompts and responses, 1 to N or N to N, in one of four spellings."""
 
     text_1: OneOrMany | None = None
@@ -177,6 +188,8 @@ class PoolingUsage(ReplyModel):
     """Nothing is generated."""
     prompt_tokens_details: None = None
     """Always null."""
+    completion_tokens_details: None = None
+    """Always null."""
 
 
 class Classified(ReplyModel):
@@ -199,8 +212,8 @@ class Pooled(ReplyModel):
     """Position in the request."""
     object: Literal["pooling"] = "pooling"
     """Always `pooling`."""
-    data: list[float]
-    """The score."""
+    data: list[float] | str
+    """The score, or base64 of it."""
 
 
 class PairScore(ReplyModel):
@@ -251,7 +264,7 @@ class ScoreResponse(_Envelope):
 async def classify(call: Call, core: Core) -> Reply:
     """The label of each sequence with its score."""
     request = _read(ClassifyRequest, call.body)
-    result = await core.score(_scoring(request, _items(request)))
+    result = await core.score(scoring(request, _items(request)))
     scores = activated(result, on=request.use_activation)
     data = [
         {"index": i, "label": result.label, "probs": [score], "num_classes": 1}
@@ -263,17 +276,20 @@ async def classify(call: Call, core: Core) -> Reply:
 async def pooling(call: Call, core: Core) -> Reply:
     """The score of each sequence as a vector of one."""
     request = _read(PoolingRequest, call.body)
-    result = await core.score(_scoring(request, _items(request)))
+    result = await core.score(scoring(request, _items(request)))
     scores = activated(result, on=request.use_activation)
-    data = [{"index": i, "object": "pooling", "data": [score]} for i, score in enumerate(scores)]
-    return Reply(_envelope("pool", call, request, result, data))
+    data = [
+        {"index": i, "object": "pooling", "data": vector_of_one(score, request.encoding_format)}
+        for i, score in enumerate(scores)
+    ]
+    return Reply(_envelope("pooling", call, request, result, data))
 
 
 async def score(call: Call, core: Core) -> Reply:
     """The score of each response to its prompt."""
     request = _read(ScoreRequest, call.body)
     left, prompts, right, responses = request.sides()
-    result = await core.score(_scoring(request, _pairs(left, prompts, right, responses)))
+    result = await core.score(scoring(request, _pairs(left, prompts, right, responses)))
     scores = activated(result, on=request.use_activation)
     data = [{"index": i, "object": "score", "score": score} for i, score in enumerate(scores)]
     return Reply(_envelope("score", call, request, result, data))
@@ -286,6 +302,28 @@ def activated(result: ScoringResult, *, on: bool) -> list[float]:
     return [sigmoid(reward) for reward in result.rewards]
 
 
+def modern(body: object) -> object:
+    """The old names of `use_activation` under the new one."""
+    if not isinstance(body, dict):
+        return body
+    names = [name for name in ("use_activation", *_OLD_NAMES) if body.get(name) is not None]
+    if len(names) > 1:
+        raise refused(f"{names[0]} and {names[1]} are the same setting; send one", field=names[1])
+    rest = {name: value for name, value in body.items() if name not in _OLD_NAMES}
+    return rest | ({"use_activation": body[names[0]]} if names else {})
+
+
+def scoring(request: PoolingOptions, items: Sequence[Item]) -> ScoringRequest:
+    cut = request.truncate_prompt_tokens
+    return ScoringRequest(
+        items=items,
+        model=request.model,
+        truncation="error" if cut is None else request.truncation_side,
+        max_length=None if cut in (None, -1) else cut,
+        max_length_field="truncate_prompt_tokens",
+    )
+
+
 ROUTES = (
     Route("/classify", ClassifyRequest, ClassifyResponse, classify, errors.vllm),
     Route("/v1/classify", ClassifyRequest, ClassifyResponse, classify, errors.vllm),
@@ -296,18 +334,7 @@ ROUTES = (
 
 
 def _read(cls: type[Asked], body: object) -> Asked:
-    return read(cls, _modern(body), ignored=IGNORED, not_built=NOT_BUILT)
-
-
-def _modern(body: object) -> object:
-    """The old names of `use_activation` under the new one."""
-    if not isinstance(body, dict):
-        return body
-    names = [name for name in ("use_activation", *_OLD_NAMES) if body.get(name) is not None]
-    if len(names) > 1:
-        raise refused(f"{names[0]} and {names[1]} are the same setting; send one", field=names[1])
-    rest = {name: value for name, value in body.items() if name not in _OLD_NAMES}
-    return rest | ({"use_activation": body[names[0]]} if names else {})
+    return read(cls, modern(body), ignored=IGNORED, not_built=NOT_BUILT)
 
 
 def _items(request: ClassifyRequest) -> list[Item]:
@@ -335,18 +362,12 @@ def _pairs(left: str, prompts: OneOrMany, right: str, responses: OneOrMany) -> l
     ]
 
 
-def _scoring(request: _Pooled, items: Sequence[Item]) -> ScoringRequest:
-    cut = request.truncate_prompt_tokens
-    return ScoringRequest(
-        items=items,
-        model=request.model,
-        truncation="error" if cut is None else request.truncation_side,
-        max_length=None if cut in (None, -1) else cut,
-    )
-
-
 def _envelope(
-    kind: str, call: Call, request: _Pooled, result: ScoringResult, data: list[dict[str, Any]]
+    kind: str,
+    call: Call,
+    request: PoolingOptions,
+    result: ScoringResult,
+    data: list[dict[str, Any]],
 ) -> dict[str, Any]:
     tokens = result.num_tokens
     return {
@@ -360,5 +381,6 @@ def _envelope(
             "total_tokens": tokens,
             "completion_tokens": 0,
             "prompt_tokens_details": None,
+            "completion_tokens_details": None,
         },
     }
