@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, **settings: Any) -> Iterator[Served]:
-    """Serve a model folder on a free port."""
+def served(
+    folder: Path, *, wrap: Callable[[Any], Any] = lambda app: app, **settings: Any
+) -> Iterator[Served]:
+    """Serve a model folder on a free port. `wrap` puts something around the app."""
     config = ServeConfig(model=str(folder), **settings)
     scorer = Scorer.from_pretrained(folder, max_length=config.max_length)
     service: RewardService | None = None
@@ -54,7 +56,7 @@ def served(folder: Path, **settings: Any) -> Iterator[Served]:
 
     port = free_port()
     server = uvicorn.Server(
-        uvicorn.Config(create_app(current), port=port, log_level="warning", lifespan="on")
+        uvicorn.Config(wrap(create_app(current)), port=port, log_level="warning", lifespan="on")
     )
     ready = threading.Event()
 

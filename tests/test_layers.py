@@ -39,7 +39,15 @@ LAYERS = [
     [
         *("train.prepare", "train.zero", "train.session", "train.runlog", "train.runfolder"),
         *("train.object_storage", "train.hub"),
-        *("serve.dialects", "serve.autoscaling", "serve.metrics", "score_file", "batch_score"),
+        *(
+            "serve.dialects",
+            "serve.autoscaling",
+            "serve.metrics",
+            "serve.page",
+            "serve.recent",
+            "score_file",
+            "batch_score",
+        ),
     ],
     [
         *("train.rows", "train.card", "train.adapters", "train.reshard"),

@@ -23,7 +23,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import StreamingResponse
+from starlette.responses import HTMLResponse, StreamingResponse
 
 from raywards.config import ServeConfig
 from raywards.errors import DeadlineError, OverloadedError, RequestRefusedError, ServiceError
@@ -42,6 +42,7 @@ from raywards.serve.dialects import (
     vllm,
 )
 from raywards.serve.metrics import Metric
+from raywards.serve.page import page, page_headers
 from raywards.serve.replica import REQUEST_ID, RewardService, log_event
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = 
         _add_path(app, path, sharing, current, echo_request_id)
     _add_probes(app, current)
     _add_guarded(app, current)
+    _add_page(app)
     app.add_exception_handler(HTTPException, _not_a_route)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -198,6 +200,14 @@ def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
         return probe("ready")
 
 
+def _add_page(app: FastAPI) -> None:
+    """For people. It tells nothing without a key: what it shows, it asks for."""
+
+    @app.get("/", response_model=None, include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(page(), headers=page_headers())
+
+
 def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
     """What tells about the model or the server: with a key set, only to who has it."""
 
@@ -228,6 +238,7 @@ def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
 
     for path, answer, text in (
         ("/info", lambda _: _json(200, current().info()), "What is served, and its limits."),
+        ("/stats", lambda _: _json(200, current().stats()), "What a replica does now."),
         ("/v1/models", models, "The name of the served model."),
         ("/version", lambda _: _json(200, {"version": version("raywards")}), "Of raywards."),
     ):

@@ -15,6 +15,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -38,6 +39,7 @@ from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
 from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
 from raywards.serve.keys import Keys
 from raywards.serve.metrics import Metric, Metrics
+from raywards.serve.recent import Recent
 from raywards.serve.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,7 @@ class RewardService:
         self.config = config
         self.metrics = metrics or Metrics(config.name)
         self.started_at = int(time.time())
+        self.replica = uuid.uuid4().hex[:8]
         self.keys = Keys(
             config.api_key.get_secret_value() if config.api_key else None, config.api_key_file
         )
@@ -103,6 +106,7 @@ class RewardService:
         )
         self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
         self.traffic = Traffic()
+        self._recent = Recent()
         self._tokenizing = 0
         self._closed = False
         self._watching: asyncio.Task[None] | None = None
@@ -157,6 +161,15 @@ class RewardService:
                 "request_timeout_s": config.request_timeout_s,
             },
             "batcher": asdict(self._batcher.stats),
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """What this replica has done and has to do, and its last rewards."""
+        return {
+            "replica": self.replica,
+            "uptime_s": int(time.time()) - self.started_at,
+            **asdict(self._batcher.stats),
+            "rewards": self._recent.describe(),
         }
 
     async def score(self, request: ScoringRequest) -> ScoringResult:
@@ -320,6 +333,7 @@ class RewardService:
         self.metrics.put(Metric.items_total, outcome="failed" if failed else "scored")
         self.metrics.put(Metric.truncated_total, item.truncated)
         if item.reward is not None:
+            self._recent.add(item.reward)
             self.metrics.put_reward(item.reward)
 
     async def _watch(self) -> None:
@@ -328,6 +342,10 @@ class RewardService:
         labels = {"revision": str(about["revision"]), "dtype": str(about["dtype"])}
         while True:
             stats = self._batcher.stats
+            rewards = self._recent.describe()
+            if rewards["count"]:
+                self.metrics.put(Metric.reward_mean, rewards["mean"])
+                self.metrics.put(Metric.reward_std, rewards["std"])
             self.metrics.put(Metric.queue_items, stats.queued_sequences)
             self.metrics.put(Metric.queue_tokens, stats.queued_tokens)
             self.metrics.put(Metric.model_info, 1, **labels)
