@@ -106,6 +106,9 @@ class FakeScorer:
     def free_memory(self) -> None:
         raise AssertionError("it has no memory to free")
 
+    def fit_memory(self) -> int:
+        return 1000
+
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         self.entered.set()
         assert self.gate.wait(20)
