@@ -63,6 +63,9 @@ ROUTES: tuple[Route, ...] = (
 
 # Parsing more than this at once would hold up everyone else on the loop.
 _PARSE_IN_THREAD_BYTES = 262_144
+# Texts, messages, fields: to look at more than these would hold up everyone else as well. Token ids
+# do not count: they are validated a hundred times as fast.
+_MOST_VALUES, _VALUES_PER_ITEM = 100_000, 64
 _LONGEST_REQUEST_ID = 128
 _NDJSON = "application/x-ndjson"
 _ERROR_STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
@@ -275,9 +278,32 @@ async def _read_json(request: Request, config: ServeConfig) -> object:
                     raise _too_large(config)
     except TimeoutError:
         raise DeadlineError("the body did not arrive in time", status=408, code="timeout") from None
+    most = max(_MOST_VALUES, _VALUES_PER_ITEM * config.max_items_per_request)
     if len(body) > _PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(parse_body, bytes(body))
-    return parse_body(bytes(body))
+        return await asyncio.to_thread(_parse, bytes(body), most)
+    return _parse(bytes(body), most)
+
+
+def _parse(body: bytes, most_values: int) -> object:
+    """`parse_body`, with as many values as can be looked at on the loop."""
+    parsed = parse_body(body)
+    left, values = [parsed], 0
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            values += len(value)
+            left += value.values()
+        elif isinstance(value, list) and value and not isinstance(value[0], int):
+            values += len(value)
+            left += value
+        if values > most_values:
+            raise RequestRefusedError(
+                f"the body holds more than {most_values} texts, messages and fields; send fewer "
+                "sequences per request",
+                status=413,
+                code="too_many_items",
+            )
+    return parsed
 
 
 def _too_large(config: ServeConfig) -> RequestRefusedError:
