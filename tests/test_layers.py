@@ -62,7 +62,7 @@ LAYERS = [
     ["train.best", "train.stops"],
     ["train.loop"],
     ["train.cluster"],
-    ["train.planned", "serve.traffic"],
+    ["train.planned", "serve.traffic", "serve.incoming"],
     ["serve.replica"],
     ["train.trainer", "serve.http"],
     ["serve.app"],

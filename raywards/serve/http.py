@@ -25,9 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, StreamingResponse
 
-from raywards.config import ServeConfig
 from raywards.errors import DeadlineError, OverloadedError, RequestRefusedError, ServiceError
-from raywards.schemas import ErrorBody, parse_body
+from raywards.schemas import ErrorBody
 from raywards.serve.batcher import raised_at
 from raywards.serve.dialects import (
     Call,
@@ -41,6 +40,7 @@ from raywards.serve.dialects import (
     tei,
     vllm,
 )
+from raywards.serve.incoming import Bodies
 from raywards.serve.metrics import Metric
 from raywards.serve.page import page, page_headers
 from raywards.serve.replica import REQUEST_ID, RewardService, log_event
@@ -61,11 +61,6 @@ ROUTES: tuple[Route, ...] = (
     *nim.ROUTES,
 )
 
-# Parsing more than this at once would hold up everyone else on the loop.
-_PARSE_IN_THREAD_BYTES = 262_144
-# Texts, messages, fields: to look at more than these would hold up everyone else as well. Token ids
-# do not count: they are validated a hundred times as fast.
-_MOST_VALUES, _VALUES_PER_ITEM = 100_000, 64
 _LONGEST_REQUEST_ID = 128
 _NDJSON = "application/x-ndjson"
 _ERROR_STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
@@ -93,9 +88,10 @@ def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = 
         docs_url=None,
         redoc_url=None,
     )
+    bodies = Bodies()
     for path in dict.fromkeys(route.path for route in ROUTES):
         sharing = [route for route in ROUTES if route.path == path]
-        _add_path(app, path, sharing, current, echo_request_id)
+        _add_path(app, path, sharing, current, bodies, echo_request_id)
     _add_probes(app, current)
     _add_guarded(app, current)
     _add_page(app)
@@ -109,6 +105,7 @@ def _add_path(
     path: str,
     sharing: Sequence[Route],
     current: Callable[[], RewardService],
+    bodies: Bodies,
     echo_request_id: bool,
 ) -> None:
     async def endpoint(request: Request) -> Response:
@@ -118,7 +115,7 @@ def _add_path(
         try:
             service = current()
             service.keys.client(request.headers)
-            body = await _read_json(request, service.config)
+            body = await bodies.read_json(request, service.config)
             route = next((one for one in sharing if one.claims(body)), route)
             call = Call(
                 body=body,
@@ -145,7 +142,7 @@ def _add_path(
             response.headers["x-request-id"] = request_id
         return response
 
-    bodies = [{"$ref": f"#/components/schemas/{route.body.__name__}"} for route in sharing]
+    asked = [{"$ref": f"#/components/schemas/{route.body.__name__}"} for route in sharing]
     reply = sharing[0].reply
     for route in sharing[1:]:
         reply = reply | route.reply
@@ -168,7 +165,7 @@ def _add_path(
                 "required": True,
                 "content": {
                     "application/json": {
-                        "schema": bodies[0] if len(bodies) == 1 else {"oneOf": bodies}
+                        "schema": asked[0] if len(asked) == 1 else {"oneOf": asked}
                     }
                 },
             }
@@ -249,69 +246,6 @@ def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
     schema = guard(lambda _: _json(200, app.openapi()))
     app.add_api_route("/openapi.json", schema, response_model=None, include_in_schema=False)
     app.add_api_route("/docs", guard(docs), response_model=None, include_in_schema=False)
-
-
-async def _read_json(request: Request, config: ServeConfig) -> object:
-    """The body, refused by its headers or its size before it is parsed."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestRefusedError(
-            f"Content-Type is {kind[:80] or 'missing'}; expected application/json",
-            status=415,
-            code="unsupported_media_type",
-        )
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestRefusedError(
-            "compressed bodies are not accepted; send it without Content-Encoding",
-            status=415,
-            code="unsupported_media_type",
-        )
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > config.max_body_bytes:
-        raise _too_large(config)
-    body = bytearray()
-    try:
-        async with asyncio.timeout(config.request_timeout_s):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > config.max_body_bytes:
-                    raise _too_large(config)
-    except TimeoutError:
-        raise DeadlineError("the body did not arrive in time", status=408, code="timeout") from None
-    most = max(_MOST_VALUES, _VALUES_PER_ITEM * config.max_items_per_request)
-    if len(body) > _PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(_parse, bytes(body), most)
-    return _parse(bytes(body), most)
-
-
-def _parse(body: bytes, most_values: int) -> object:
-    """`parse_body`, with as many values as can be looked at on the loop."""
-    parsed = parse_body(body)
-    left, values = [parsed], 0
-    while left:
-        value = left.pop()
-        if isinstance(value, dict):
-            values += len(value)
-            left += value.values()
-        elif isinstance(value, list) and value and not isinstance(value[0], int):
-            values += len(value)
-            left += value
-        if values > most_values:
-            raise RequestRefusedError(
-                f"the body holds more than {most_values} texts, messages and fields; send fewer "
-                "sequences per request",
-                status=413,
-                code="too_many_items",
-            )
-    return parsed
-
-
-def _too_large(config: ServeConfig) -> RequestRefusedError:
-    return RequestRefusedError(
-        f"the body is larger than {config.max_body_bytes} bytes; send fewer sequences per request",
-        status=413,
-        code="body_too_large",
-    )
 
 
 def _request_id(headers: Headers) -> str:
