@@ -8,7 +8,7 @@
     │   ├── ModelError                   a model folder or hub id
     │   └── CheckpointError              a checkpoint or an export
     ├── TrainingError (RuntimeError)     a run that had to stop
-    │   └── NonFiniteError               a loss or a gradient that is NaN or infinite
+    │   └── NonFiniteError               a loss, gradient or reward that is not finite
     ├── HubError (RuntimeError)          an export could not be uploaded; it is whole where it is
     └── ServiceError (RuntimeError)      a scoring endpoint did not give a reward
         ├── RequestRefusedError          it refused the request (4xx)
@@ -80,7 +80,7 @@ class TrainingError(RaywardsError, RuntimeError):
 
 
 class NonFiniteError(TrainingError):
-    """A loss or gradient is NaN or infinite. The optimizer step was not applied."""
+    """A loss, a gradient or a reward is NaN or infinite. No optimizer step was applied."""
 
 
 class HubError(RaywardsError, RuntimeError):

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file
 
 from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.conversation import kind_of
-from raywards.errors import CheckpointError, ConversationError, NonFiniteError
+from raywards.errors import CheckpointError, ConversationError, ModelError, NonFiniteError
 from raywards.invariance import make_invariant, most_tokens
 from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
 from raywards.model import RewardModel
@@ -313,17 +313,24 @@ class Scorer:
         return self._max_batch_tokens
 
     def verify(self) -> None:
-        """Reproduce the rewards stored in the export; raises `CheckpointError` where they differ.
+        """Reproduce the rewards stored in the export.
 
-        A foreign model has none stored; its probe is that it gives a finite reward. The stored ones
-        are a CPU's. Another kind of device sums in another order, so fp32 may differ there by 1e-4
-        of their spread (an estimate: the bound that the export states was measured on a CPU).
+        Raises `CheckpointError` where they differ, `ModelError` where one is not finite. A foreign
+        model has none stored; its probe is that it gives a finite reward. The stored ones are a
+        CPU's. Another kind of device sums in another order, so fp32 may differ there by 1e-4 of
+        their spread (an estimate: the bound that the export states was measured on a CPU).
         """
+        stored = self._manifest["rewards"] if self._manifest else []
+        probes = [probe["input_ids"] for probe in stored] or [[0, min(1, self.vocab_size - 1)]]
+        try:
+            found = self._forward(probes)
+        except NonFiniteError as error:
+            raise ModelError(
+                f"{self.info['model']}: cannot be served: {error} Export it again, from a "
+                "checkpoint before its weights were damaged, or load it in another dtype."
+            ) from None
         if self._manifest is None:
-            self._forward([[0, min(1, self.vocab_size - 1)]])
             return
-        stored = self._manifest["rewards"]
-        found = self._forward([probe["input_ids"] for probe in stored])
         worst = max(abs(a - probe["reward"]) for a, probe in zip(found, stored, strict=True))
         # The stored rewards have the rounding of the type they were stored in.
         bounds: dict[str, float] = dict(self._manifest["bounds"])

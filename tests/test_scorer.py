@@ -441,7 +441,7 @@ def test_weights_that_are_all_nan_fail_verification(damaged: Path) -> None:
         weights["score.weight"].fill_(math.nan)
 
     change_weights(damaged, spoil)
-    with pytest.raises(NonFiniteError, match="sequence 0"):
+    with pytest.raises(ModelError, match="sequence 0"):
         Scorer.from_pretrained(damaged, device="cpu").verify()
 
 
