@@ -390,10 +390,11 @@ def test_the_other_routes_and_the_key_are_as_the_page_says(folder: Path, server:
     accepted = guarded.send("POST", "/v1/reward", body, authorization="Bearer s3cret")
     assert accepted.status_code == 200
     key = {"authorization": "Bearer s3cret"}
-    for path in ("/health", "/ready"):
-        assert guarded.send("GET", path).status_code == 200
-    for path in ("/info", "/docs", "/openapi.json"):
+    for path in ("/health", "/ready", "/ping"):
         assert f"`{path}`" in HTTP.partition("## API key")[2].partition("##")[0]
+        assert guarded.send("GET", path).status_code == 200
+    for path in ("/info", "/stats", "/v1/models", "/version", "/docs", "/openapi.json"):
+        assert f"`{path}`" in HTTP.partition("## `GET /health`")[2].partition("\n## ")[0]
         assert guarded.send("GET", path).json()["error"]["code"] == "invalid_api_key"
         assert guarded.send("GET", path, authorization="Bearer wrong").status_code == 401
         assert guarded.send("GET", path, **key).status_code == 200
