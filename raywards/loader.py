@@ -151,9 +151,14 @@ def _told(config: Any) -> Any:
     return {k: _told(v) for k, v in config.items() if k not in _CONFIG_OF_THE_WRITER}
 
 
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether the weights that it came with have a head."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
 def refuse_without_head(model_id: str, kwargs: dict[str, Any]) -> None:
     """Raise `ModelError` for a model that has no trained reward head, such as a language model."""
-    if not _is_classifier(check_reward_model(model_id, kwargs)):
+    if not is_classifier(check_reward_model(model_id, kwargs)):
         raise ModelError(
             f"{model_id}: has no reward head: it is not a sequence classifier, so its rewards "
             "would come from random weights. Give the export of a training run, or another "
@@ -340,7 +345,7 @@ def _check_labels(model_id: str, config: PretrainedConfig, num_labels: int) -> N
         raise ModelError(
             f"num_labels={num_labels}: a reward model has one output. Leave it out, or give 1."
         )
-    if _is_classifier(config) and config.num_labels != 1:
+    if is_classifier(config) and config.num_labels != 1:
         story = ""
         if config.num_labels == 2:
             story = (
@@ -350,10 +355,6 @@ def _check_labels(model_id: str, config: PretrainedConfig, num_labels: int) -> N
         raise ModelError(
             f"{model_id}: its head has {config.num_labels} labels; a reward model has one.{story}"
         )
-
-
-def _is_classifier(config: PretrainedConfig) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
 def _from_pretrained(architecture: Any, model_id: str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -367,7 +368,7 @@ def _from_pretrained(architecture: Any, model_id: str, kwargs: dict[str, Any]) -
 def _check_head(model_id: str, config: PretrainedConfig, missing: list[str]) -> None:
     if not missing:
         return
-    if _is_classifier(config):
+    if is_classifier(config):
         raise ModelError(
             f"{model_id}: is a finished classifier whose weights lack {', '.join(missing[:4])}. A "
             "head made up now would give rewards that mean nothing. Was it saved as another class, "

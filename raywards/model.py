@@ -68,7 +68,8 @@ class RewardModel(nn.Module):
         self._stock_attention = inner.config._attn_implementation
         self.max_tokens = families.longest_exact(inner.config.get_text_config())
         self.window = _shortest_window(inner.config.get_text_config())
-        self._trim = _LastLayerTrim(self._backbone) if self.pools_by_position else None
+        self._trim: _LastLayerTrim | None = None
+        self.hook_last_layer()
         if self.pools_by_position:
             # Same parameters, same name, another forward: ZeRO's hooks and `state_dict` hold.
             head.__class__ = Float32Linear
@@ -96,6 +97,18 @@ class RewardModel(nn.Module):
         self.path = path
         ours = path == "packed"
         self._set_attention(NAME if ours else self._stock_attention)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other thread computes."""
+        with self._one_at_a_time:
+            yield
+
+    def hook_last_layer(self) -> None:
+        """Again after its parts have been replaced, by adapters."""
+        if self._trim is not None:
+            self._trim.remove()
+        self._trim = _LastLayerTrim(self._backbone) if self.pools_by_position else None
 
     def unwrap(self) -> Any:
         """Give `inner` back as transformers made it."""

@@ -5,6 +5,7 @@ It takes a raywards export, or the folder of any sequence classifier with one la
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -17,11 +18,23 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.utils.hub import cached_file
 
+from raywards.adapters import AdapterSet, base_of, digest_of, is_adapter
 from raywards.checkpoint import MANIFEST, read_manifest
 from raywards.conversation import kind_of
-from raywards.errors import CheckpointError, ConversationError, ModelError, NonFiniteError
+from raywards.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversationError,
+    ModelError,
+    NonFiniteError,
+)
 from raywards.invariance import make_invariant, most_tokens
-from raywards.loader import create_model_from_path, load_tokenizer, refuse_without_head
+from raywards.loader import (
+    create_model_from_path,
+    is_classifier,
+    load_tokenizer,
+    refuse_without_head,
+)
 from raywards.model import RewardModel
 from raywards.packing import Group, fill_batches, fill_rows, group_by_prefix, pack
 from raywards.rendering import ControlTokens, Rendering, truncate
@@ -69,6 +82,9 @@ class Scorer:
     ) -> None:
         """`weights` is a digest of them, for `info["revision"]`."""
         self._model = model.eval()
+        self._adapters = AdapterSet(model)
+        self._adapter: str | None = None
+        self._weights = weights
         settle_path(model)
         exact = model.max_tokens
         if deterministic:
@@ -101,10 +117,10 @@ class Scorer:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Scorer:
-        """Load an export, another reward model's folder, or a hub id.
+        """Load an export, another reward model's folder, a hub id, or an adapter with its base.
 
         Args:
-            folder: The export, model folder or hub id.
+            folder: The export, model folder or hub id; or a peft folder, which names its base.
             dtype: Precision of the forward; default: that of the stored weights.
             device: Torch device; default: a GPU where there is one.
             max_length: Longest sequence in tokens; default: what the model can take.
@@ -120,10 +136,14 @@ class Scorer:
             CheckpointError: The export is damaged, or its tokenizer is not that of the training.
         """
         source = str(folder)
+        adapter = Path(source).expanduser() if is_adapter(source) else None
+        recorded = None if adapter is None else _export_beside(adapter)
+        source = source if adapter is None else base_of(adapter)
         is_export = (Path(source) / MANIFEST).is_file()
         manifest = read_manifest(Path(source), kind="export") if is_export else None
         location = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-        refuse_without_head(source, location)
+        if adapter is None:
+            refuse_without_head(source, location)
         inner = create_model_from_path(
             source,
             AutoModelForSequenceClassification,
@@ -132,18 +152,15 @@ class Scorer:
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
         )
-        tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-        policy: ControlTokens = manifest["rendering"]["control_tokens"] if manifest else "as_text"
-        rendering = Rendering(tokenizer, control_tokens=policy)
-        if manifest and manifest["rendering"]["fingerprint"] != rendering.fingerprint():
-            raise CheckpointError(
-                f"{source}: its tokenizer or chat template is not the one it was trained with "
-                f"(rendering {rendering.fingerprint()[:19]}, trained with "
-                f"{manifest['rendering']['fingerprint'][:19]}), so rewards would be wrong. Restore "
-                "the tokenizer files of the export."
-            )
+        written_by = source if adapter is None else _tokenizer_of(adapter) or source
+        rendering = _rendering_of(
+            written_by,
+            recorded or manifest,
+            revision=revision if written_by == source else None,
+            trust_remote_code=trust_remote_code,
+        )
         model = RewardModel(inner).to(device or _default_device())
-        return cls(
+        scorer = cls(
             model,
             rendering,
             source=source,
@@ -153,6 +170,46 @@ class Scorer:
             max_batch_tokens=max_batch_tokens,
             deterministic=deterministic,
         )
+        return scorer if adapter is None else scorer.with_adapter(adapter)
+
+    def with_adapter(self, folder: str | Path) -> Scorer:
+        """A scorer of this one's model with the LoRA adapter in `folder`.
+
+        The weights beneath are in memory once, and computed with by one at a time; both scorers may
+        be used, from any thread. The rewards of this one stay what they were. Renders as this one
+        does.
+
+        Raises:
+            ModelError: This is no adapter of a reward model, or one of another base.
+            CheckpointError: It was trained on conversations that are rendered in another way.
+            ConfigError: This scorer is `deterministic`, or peft is not installed.
+        """
+        if self._deterministic:
+            raise ConfigError(
+                f"deterministic=True: is not there with adapters ({folder}). Give the merged "
+                "export, or leave it out."
+            )
+        path = Path(folder).expanduser()
+        with_it = copy.copy(self)
+        recorded = _export_beside(path)
+        written_by = _tokenizer_of(path)
+        if written_by is not None and (
+            _rendering_of(written_by, recorded).fingerprint() != self._rendering.fingerprint()
+        ):
+            raise CheckpointError(
+                f"{folder}: was trained with another tokenizer or chat template than "
+                f"{self.info['model']} has. Serve it as a model of its own: its export, or this "
+                "folder as the model."
+            )
+        needs_head = not is_classifier(self._model.inner.config)
+        with_it._adapter = self._adapters.add(path, needs_head=needs_head)
+        with_it._manifest = recorded
+        with_it._skip_id = self._skip_id if recorded is None else None
+        with self._adapters.using(with_it._adapter):
+            settle_path(self._model)
+        with_it.info = with_it._describe(str(folder), f"{self._weights} {digest_of(path)}")
+        with_it.info["base_model"] = self.info["model"]
+        return with_it
 
     @property
     def packs(self) -> bool:
@@ -351,7 +408,8 @@ class Scorer:
         lengths = [len(ids) for ids in sequences]
         for groups in self._plan(sequences, lengths):
             row = pack(sequences, groups, skip_id=self._skip_id)
-            found = self._model(row.to(self._device)).tolist()
+            with self._adapters.using(self._adapter):
+                found = self._model(row.to(self._device)).tolist()
             order = (member for group in groups for member in group.members)
             for member, reward in zip(order, found, strict=True):
                 rewards[member] = reward
@@ -413,6 +471,41 @@ class Scorer:
             "label": (getattr(self._model.inner.config, "id2label", None) or {}).get(0, "LABEL_0"),
             "problem_type": getattr(self._model.inner.config, "problem_type", None),
         }
+
+
+def _rendering_of(
+    source: str,
+    manifest: dict[str, Any] | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Rendering:
+    """Of the tokenizer in `source`; raises `CheckpointError` where the manifest has another."""
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    policy: ControlTokens = manifest["rendering"]["control_tokens"] if manifest else "as_text"
+    rendering = Rendering(tokenizer, control_tokens=policy)
+    if manifest and manifest["rendering"]["fingerprint"] != rendering.fingerprint():
+        raise CheckpointError(
+            f"{source}: its tokenizer or chat template is not the one it was trained with "
+            f"(rendering {rendering.fingerprint()[:19]}, trained with "
+            f"{manifest['rendering']['fingerprint'][:19]}), so rewards would be wrong. Restore "
+            "the tokenizer files of the export."
+        )
+    return rendering
+
+
+def _export_beside(adapter: Path) -> dict[str, Any] | None:
+    """The manifest of the export that the same run wrote, where it is still there."""
+    export = adapter.absolute().parent / "export"
+    is_there = adapter.name == "adapter" and (export / MANIFEST).is_file()
+    return read_manifest(export, kind="export") if is_there else None
+
+
+def _tokenizer_of(adapter: Path) -> str | None:
+    """The folder with the tokenizer that an adapter was trained with; None: its base's."""
+    if _export_beside(adapter) is not None:
+        return str(adapter.absolute().parent / "export")
+    return str(adapter) if (adapter / "tokenizer_config.json").is_file() else None
 
 
 def _plain_config(config: Any) -> dict[str, Any]:

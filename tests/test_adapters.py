@@ -22,12 +22,13 @@ from tiny import chatml_tokenizer, tiny_qwen2
 from transformers import AutoModelForSequenceClassification, set_seed
 
 from raywards import Scorer
+from raywards.adapters import check_peft_config
 from raywards.checkpoint import complete_checkpoints
 from raywards.cli import main
 from raywards.errors import ConfigError, TrainingError
 from raywards.model import RewardModel, disable_dropout
 from raywards.train import start
-from raywards.train.adapters import Adapters, attach, check_peft_config, classifier_in
+from raywards.train.adapters import Adapters, attach, classifier_in
 
 pytestmark = pytest.mark.trains
 

@@ -32,7 +32,7 @@ LAYERS = [
     ["preferences", "loader", "loss", "metrics", "evaluation", "heads"],
     ["groups", "objectives"],
     ["model"],
-    ["settle", "invariance"],
+    ["settle", "invariance", "adapters"],
     ["checkpoint"],
     ["scorer"],
     ["train.table", "train.storage", "train.tasks", "train.callbacks", "ray_cluster"],

@@ -20,52 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raywards.adapters import check_peft_config, head_names, import_peft
 from raywards.checkpoint import replace_folder
-from raywards.errors import ConfigError, ModelError
+from raywards.errors import ConfigError
 
-# Kinds of LoRA that would need more than a linear map beside a layer, and why they are refused.
-_REFUSED = {
-    "alora_invocation_tokens": "an adapter that starts at a token has no merged form",
-    "arrow_config": "routing between adapters has no merged form",
-    "layer_replication": "it makes another architecture, which the export's config cannot say",
-    "monteclora_config": "it adds a term to the loss",
-    "velora_config": "it changes what the backward pass keeps",
-}
 _NOT_FACTS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version")
-_INITS = (True, False, "gaussian", "orthogonal")
-
-
-def check_peft_config(config: Any) -> Any:
-    """`config` as a `peft.LoraConfig` for a reward model, as a copy: the caller's stays as it is.
-
-    Raises `ConfigError` for what is no LoRA or DoRA, for the task type of another kind of model,
-    and for a kind of LoRA that changes the base or cannot be merged.
-    """
-    peft = import_peft()
-    if not isinstance(config, peft.LoraConfig) or config.peft_type != peft.PeftType.LORA:
-        raise ConfigError(
-            f"peft_config: expected a peft.LoraConfig (LoRA, or DoRA with use_dora=True), got "
-            f"{type(config).__name__}."
-        )
-    if config.task_type not in (None, peft.TaskType.SEQ_CLS):
-        raise ConfigError(
-            f"peft_config.task_type={str(config.task_type)!r}: a reward model is a sequence "
-            'classifier. Give task_type="SEQ_CLS" (TRL\'s flag: --lora_task_type SEQ_CLS), or '
-            "leave it out."
-        )
-    for name, reason in _REFUSED.items():
-        if getattr(config, name, None):
-            raise ConfigError(f"peft_config.{name}: is not supported: {reason}. Leave it out.")
-    if config.init_lora_weights not in _INITS:
-        raise ConfigError(
-            f"peft_config.init_lora_weights={config.init_lora_weights!r}: changes the weights "
-            "beneath, so the adapter would not fit the model that it is loaded onto. Expected one "
-            f"of {', '.join(map(repr, _INITS))}."
-        )
-    config = copy.deepcopy(config)
-    config.task_type = peft.TaskType.SEQ_CLS
-    config.inference_mode = False
-    return config
 
 
 def as_facts(config: Any) -> dict[str, Any]:
@@ -75,15 +34,6 @@ def as_facts(config: Any) -> dict[str, Any]:
         json.dumps(facts, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     )
     return plain
-
-
-def import_peft() -> Any:
-    """peft, or a `ConfigError` that says how to install it."""
-    try:
-        import peft
-    except ImportError:
-        raise ConfigError("peft_config: needs peft: pip install 'raywards[train]'.") from None
-    return peft
 
 
 def is_adapted(model: Any) -> bool:
@@ -158,16 +108,6 @@ def load_adapter(inner: Any, folder: Path, *, cast_adapters: bool = True) -> Any
     )
     _tidy_heads(model)
     return model
-
-
-def head_names(inner: Any) -> list[str]:
-    """Modules that turn hidden states into the reward: all beside the backbone, and its pooler."""
-    backbone = getattr(inner, inner.base_model_prefix)
-    names = [n for n, child in inner.named_children() if child is not backbone and _weighs(child)]
-    if not names:
-        raise ModelError(f"{type(inner).__name__}: has no head beside its backbone.")
-    pooler = getattr(backbone, "pooler", None)
-    return [*names, "pooler"] if isinstance(pooler, torch.nn.Module) and _weighs(pooler) else names
 
 
 def save_base(model: Any, folder: Path) -> None:
@@ -269,10 +209,6 @@ def classifier_in(model: Any) -> Iterator[Any]:
 
 _COVERS = ("base_layer", "original_module")
 _ADDED = ("modules_to_save", "token_adapter")
-
-
-def _weighs(module: torch.nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
 
 
 def _linear_names(inner: Any) -> list[str]:

@@ -21,6 +21,7 @@ import transformers
 from transformers import trainer_pt_utils
 from transformers.trainer_utils import TrainOutput
 
+from raywards.adapters import check_peft_config
 from raywards.config import (
     RewardConfig,
     RunPaths,
@@ -44,7 +45,6 @@ from raywards.rendering import Rendering
 from raywards.train.adapters import (
     adopt,
     attach,
-    check_peft_config,
     classifier_in,
     is_adapted,
 )

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
+from raywards.adapters import head_names, import_peft
 from raywards.config import RewardConfig, TrainJob
 from raywards.errors import CheckpointError, ConfigError, did_you_mean
 from raywards.loader import create_model_from_path
-from raywards.train.adapters import head_names, import_peft
 
 
 def freeze(inner: Any, patterns: Sequence[str]) -> None:
