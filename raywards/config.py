@@ -481,9 +481,12 @@ class ServeConfig(_Frozen):
     """Settings of one served reward model: one Serve application with one deployment."""
 
     model: str
-    """Export folder, any sequence-classification folder with one label, or a hub id."""
+    """Export folder, any sequence-classification folder with one label, a hub id, or the folder of
+    a LoRA adapter, which names its base."""
     name: str = "rm"
     """Name under which clients ask for the model."""
+    adapters: dict[str, str] = {}
+    """LoRA adapters over the same base, each served under its name: `{"NAME": "FOLDER"}`."""
     route_prefix: str = "/"
     """Path in front of every route."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
@@ -546,6 +549,11 @@ class ServeConfig(_Frozen):
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _adapters_as_text(cls, value: Any) -> Any:
+        return read_mapping(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _fields_agree(self) -> ServeConfig:
         if self.look_back_period_s < 3 * self.metrics_interval_s:
@@ -566,8 +574,15 @@ class ServeConfig(_Frozen):
             )
         if self.canary_share and not self.canary:
             raise ValueError(f"canary_share={self.canary_share:g} without a canary; name one")
-        if self.name in (*self.other_models, self.canary):
+        if self.name in (*self.adapters, *self.other_models, self.canary):
             raise ValueError(f"{self.name!r} is this model itself; name others")
+        twice = self.adapters.keys() & {*self.other_models, self.canary}
+        if twice:
+            raise ValueError(
+                f"{min(twice)!r} is an adapter and another model; name one of them anew"
+            )
+        if self.adapters and self.deterministic:
+            raise ValueError("deterministic is not there with adapters; serve merged exports")
         if not self.route_prefix.startswith("/"):
             raise ValueError(f"route_prefix={self.route_prefix!r} must start with '/'")
         return self

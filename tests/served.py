@@ -16,7 +16,7 @@ from ports import free_port
 from raywards.config import ServeConfig
 from raywards.scorer import Scorer
 from raywards.serve.http import create_app
-from raywards.serve.replica import RewardService
+from raywards.serve.replica import RewardService, service_of
 
 
 class Served:
@@ -62,7 +62,7 @@ def served(
 
     async def main() -> None:
         nonlocal service
-        service = RewardService(scorer, config)
+        service = service_of(scorer, config)
         service.start()
         serving = asyncio.ensure_future(server.serve())
         while not server.started:

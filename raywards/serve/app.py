@@ -192,8 +192,8 @@ def _version(config: ServeConfig) -> str:
     """Of all that a replica is started with: settings, model files, the job's code."""
     import ray
 
-    folder = Path(config.model)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    folders = [Path(name) for name in (config.model, *config.adapters.values())]
+    files = [file for one in folders if one.is_dir() for file in sorted(one.iterdir())]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = ray.get_runtime_context().get_runtime_env_string() if ray.is_initialized() else ""
     key = config.api_key.get_secret_value() if config.api_key else ""

@@ -229,6 +229,16 @@ def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
             "max_model_len": service.info()["limits"]["max_length"],
         }
         rows = [{"id": service.config.name, **about, **own}]
+        rows += [
+            {
+                "id": name,
+                **about,
+                **own,
+                "root": one.config.model,
+                "parent": service.config.name,
+            }
+            for name, one in service.adapters.items()
+        ]
         rows += [{"id": name, **about} for name in service.traffic.others]
         return _json(200, {"object": "list", "data": rows})
 

@@ -7,6 +7,7 @@ nowhere. `docs/grafana.json` shows them.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,12 @@ class Metrics:
     def __init__(self, model: str, make: Make = _nowhere) -> None:
         self._model = {"model": model}
         self._write = {metric: make(f"raywards_{metric.name}", metric.value) for metric in Metric}
+
+    def of(self, model: str) -> Metrics:
+        """The same metrics, of another model of this replica."""
+        other = copy.copy(self)
+        other._model = {"model": model}
+        return other
 
     def put(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
         """Add `value` to a counter, set a gauge to it, or enter it into a histogram."""

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from opentelemetry import trace
 
@@ -36,11 +36,14 @@ from raywards.errors import (
 )
 from raywards.rendering import truncate
 from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
-from raywards.serve.dialects import Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
+from raywards.serve.dialects import Core, Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
 from raywards.serve.keys import Keys
 from raywards.serve.metrics import Metric, Metrics
 from raywards.serve.recent import Recent
 from raywards.serve.traffic import Traffic
+
+if TYPE_CHECKING:
+    from raywards.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 # Spans go nowhere unless Serve's tracing is switched on (docs/operations.md).
@@ -84,12 +87,18 @@ class _Encoded:
 
 
 class RewardService:
-    """One model, ready to score. `start()` it on the event loop that will call it."""
+    """One model, ready to score, and its adapters. `start()` it on the loop that will call it."""
 
     def __init__(
-        self, scorer: ScorerLike, config: ServeConfig, metrics: Metrics | None = None
+        self,
+        scorer: ScorerLike,
+        config: ServeConfig,
+        metrics: Metrics | None = None,
+        adapters: Mapping[str, RewardService] | None = None,
     ) -> None:
         self.config = config
+        self.adapters = dict(adapters or {})
+        """Each with a queue of its own; their forwards take turns."""
         self.metrics = metrics or Metrics(config.name)
         self.started_at = int(time.time())
         self.replica = uuid.uuid4().hex[:8]
@@ -113,12 +122,15 @@ class RewardService:
 
     def start(self) -> None:
         """Start the batcher on the running loop."""
+        for adapter in self.adapters.values():
+            adapter.start()
         self._batcher.start()
         self._watching = asyncio.get_running_loop().create_task(self._watch(), name="metrics")
 
     async def close(self) -> None:
         """Refuse new requests, finish the accepted ones."""
         self._closed = True
+        await asyncio.gather(*(adapter.close() for adapter in self.adapters.values()))
         await self._batcher.close()
         self._tokenizers.shutdown(wait=False)
         if self._watching is not None:
@@ -127,12 +139,14 @@ class RewardService:
     @property
     def healthy(self) -> bool:
         """Whether requests are accepted and computed."""
-        return self._batcher.healthy and not self._closed
+        adapters = all(adapter.healthy for adapter in self.adapters.values())
+        return self._batcher.healthy and adapters and not self._closed
 
     @property
     def load_tokens(self) -> int:
         """Tokens that wait to be tokenised, wait for a forward, or are in one: for autoscaling."""
-        return self._tokenizing + self._batcher.stats.queued_tokens + self._batcher.computing_tokens
+        own = self._tokenizing + self._batcher.stats.queued_tokens + self._batcher.computing_tokens
+        return own + sum(adapter.load_tokens for adapter in self.adapters.values())
 
     async def check(self) -> None:
         """Send a canary through the batcher; raises where rewards do not come out any more."""
@@ -145,6 +159,8 @@ class RewardService:
             # It waits behind one long forward: busy, not broken.
             if not self._batcher.healthy:
                 raise
+        for adapter in self.adapters.values():
+            await adapter.check()
 
     def info(self) -> dict[str, Any]:
         """What is served, its limits, and how much waits."""
@@ -152,6 +168,7 @@ class RewardService:
         return {
             "name": config.name,
             **self._scorer.info,
+            "adapters": {name: one._scorer.info for name, one in self.adapters.items()},
             "limits": {
                 "max_length": self._scorer.max_length,
                 "max_items_per_request": config.max_items_per_request,
@@ -174,10 +191,15 @@ class RewardService:
 
     async def score(self, request: ScoringRequest) -> ScoringResult:
         """The core. Raises `ServiceError`: refused, overloaded, too late, or failed."""
-        other = self.traffic.others.get(request.model or "")
+        other = self._other(request.model)
         if other is not None:
             return await other.score(request)
         return await self._score(request, self.traffic)
+
+    def _other(self, asked: str | None) -> Core | None:
+        """Who answers for another name than this model's own."""
+        adapter = self.adapters.get((asked or "").partition("@")[0])
+        return adapter or self.traffic.others.get(asked or "")
 
     async def score_here(self, request: ScoringRequest) -> ScoringResult:
         """The same, with this replica's own model in any case."""
@@ -229,7 +251,7 @@ class RewardService:
 
         Raises `ServiceError` before the first, where the request as a whole is refused.
         """
-        other = self.traffic.others.get(request.model or "")
+        other = self._other(request.model)
         if other is not None:
             async for scored in other.stream(request):
                 yield scored
@@ -380,7 +402,8 @@ class RewardService:
     def _check_model(self, asked: str | None) -> None:
         name, revision = self.config.name, self._scorer.info.get("revision")
         if asked is not None and asked not in (name, f"{name}@{revision}"):
-            others = "".join(f", and {other!r}" for other in self.traffic.others)
+            names = (*self.adapters, *self.traffic.others)
+            others = "".join(f", and {other!r}" for other in names)
             raise RequestRefusedError(
                 f"model: {asked[:80]!r} is not served here; {name!r} is, at revision {revision}"
                 f"{others}",
@@ -484,10 +507,26 @@ def load(config: ServeConfig, metrics: Metrics | None = None) -> RewardService:
         deterministic=config.deterministic,
         trust_remote_code=config.trust_remote_code,
     )
+    config = config.model_copy(update={"max_batch_tokens": scorer.fit_memory()})
+    return service_of(scorer, config, metrics)
+
+
+def service_of(
+    scorer: Scorer, config: ServeConfig, metrics: Metrics | None = None
+) -> RewardService:
+    """The service of a loaded model, with its adapters; each is verified. Raises as `load`."""
+    metrics = metrics or Metrics(config.name)
+    adapters = {}
+    for name, folder in config.adapters.items():
+        adapted = scorer.with_adapter(folder)
+        alone = {"name": name, "model": folder, "adapters": {}, "other_models": []}
+        own = config.model_copy(update={**alone, "canary": None, "canary_share": 0.0})
+        adapters[name] = RewardService(adapted, own, metrics.of(name))
+        if config.verify:
+            adapted.verify()
     if config.verify:
         scorer.verify()
-    config = config.model_copy(update={"max_batch_tokens": scorer.fit_memory()})
-    return RewardService(scorer, config, metrics)
+    return RewardService(scorer, config, metrics, adapters)
 
 
 def log_event(level: int, event: str, **fields: Any) -> None:

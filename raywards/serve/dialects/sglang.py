@@ -40,7 +40,7 @@ from raywards.serve.dialects.bodies import Input, ModelName, items_of, read, vec
 # SGLang does nothing with `user`.
 IGNORED = frozenset({"user"})
 NOT_BUILT = {
-    "lora_path": "adapters are served as models of their own",
+    "lora_path": "an adapter is named as the `model`",
     "dimensions": "a reward has one dimension",
     "label_token_ids": "a reward model has one label",
     "image_data": "text alone is scored",
