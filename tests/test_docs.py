@@ -428,11 +428,12 @@ def test_the_config_files_for_serve_are_taken_by_serve_and_by_us() -> None:
         taken_over(ServeConfig(model="m"), one["user_config"])
 
 
-def test_the_canary_of_the_page_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_calls_of_the_page_are_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[ServeConfig] = []
     monkeypatch.setattr("raywards.serve.deploy", given.append)
     page = (DOCS / "operations.md").read_text(encoding="utf-8")
-    [block] = blocks(page, "python")
-    exec(block.text, {})
-    assert [config.name for config in given] == ["rm-2", "rm"]
+    for block in blocks(page, "python"):
+        exec(block.text, {})
+    assert [config.name for config in given] == ["rm-2", "rm", "helpful"]
     assert given[1].canary == given[0].name
+    assert given[2].adapters.keys() == {"harmless", "terse"}
