@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/data.md, from the results in `bench/results`.
+"""The tables of README.md, docs/data.md and docs/operations.md, from results in `bench/results`.
 
     python bench/report.py           print them
     python bench/report.py --write   put them into their pages, between two marks
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,27 @@ SIDES = {
 }
 
 
+SERVERS = {
+    "raywards_haproxy": "raywards behind HAProxy",
+    "raywards": "raywards behind Serve's own proxy",
+    "raywards_bare": "raywards without Ray",
+    "vllm": "vLLM's server",
+    "serve_rm": "OpenRLHF's `serve_rm` loop",
+    "fastapi": "FastAPI and transformers",
+}
+REQUESTS = {
+    "single": "single conversations",
+    "best_of_16": "bursts of best of 16",
+    "mixed": "short and long conversations",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into the pages")
     args = parser.parse_args()
-    for page, text in {"README.md": tables(), "docs/data.md": preparation()}.items():
+    pages = {"README.md": tables(), "docs/data.md": preparation(), "docs/operations.md": serving()}
+    for page, text in pages.items():
         if not args.write:
             print(text)
             continue
@@ -137,6 +153,80 @@ def scoring(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {title} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def serving() -> str:
+    """Figures of `bench/serve.py`: a table for each workload."""
+    result = load(RESULTS / "serve_bf16.json")
+    rows = [row for one in result["rounds"] for row in one if "per_s" in row]
+    lines = ["Requests per second (p50 / p99 in ms), median of the rounds, by number of clients:"]
+    for workload, title in REQUESTS.items():
+        asked = [row for row in rows if row["workload"] == workload and row["loop"] == "closed"]
+        counts = sorted({row["clients"] for row in asked})
+        lines += [
+            "",
+            f"| {title} | {' | '.join(map(str, counts))} |",
+            "|---|" + "---|" * len(counts),
+        ]
+        for side, name in SERVERS.items():
+            cells = [requests(r for r in asked if (r["side"], r["clients"]) == (side, n))
+                     for n in counts]  # fmt: skip
+            if any(cells):
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+        waves = [r["per_s"] for r in rows if (r["side"], r["workload"]) == ("scorer", workload)]
+        if waves:
+            bare = statistics.median(waves)
+            lines.append(
+                f"| `Scorer` in waves of 64, no server | {bare:.1f} |" + " |" * (len(counts) - 1)
+            )
+    return "\n".join([*lines, "", *ratios(rows), "", *served_on(result)]) + "\n"
+
+
+def requests(rows: Iterable[dict[str, Any]]) -> str:
+    found = list(rows)
+    if not found:
+        return ""
+    middle = {k: statistics.median(r[k] for r in found) for k in ("per_s", "p50_ms", "p99_ms")}
+    return "{per_s:.1f} ({p50_ms:,.0f} / {p99_ms:,.0f})".format(**middle)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[str]:
+    """At 64 clients, round by round."""
+
+    def rate(side: str, workload: str) -> list[float]:
+        return [r["per_s"] for r in rows if (r["side"], r["workload"]) == (side, workload)
+                and r["clients"] == 64 and r["loop"] in ("closed", "waves")]  # fmt: skip
+
+    lines = []
+    for workload, title in REQUESTS.items():
+        ours = rate("raywards_haproxy", workload)
+        for side, name in {**SERVERS, "scorer": "the bare `Scorer`"}.items():
+            theirs = rate(side, workload)
+            if side != "raywards_haproxy" and ours and theirs:
+                found = [a / b for a, b in zip(ours, theirs, strict=True)]
+                lines.append(f"- {title}: {ratio(found)} {name}")
+    ours, pinged = rate("raywards_haproxy", "tiny single"), rate("raywards_haproxy", "tiny ping")
+    if pinged:
+        lines.append(
+            f"- a tiny model: {statistics.median(ours):,.0f} requests/s, beside "
+            f"{statistics.median(pinged):,.0f} of `/ping` through the same HAProxy: "
+            f"{ratio([a / b for a, b in zip(ours, pinged, strict=True)])}"
+        )
+    return ["raywards behind HAProxy at 64 clients, times as many requests as", "", *lines]
+
+
+def served_on(result: dict[str, Any]) -> list[str]:
+    checks = [row for one in result["rounds"] for row in one if "check" in row]
+    busy = max(row.get("others_cores", 0) for row in checks)
+    gap = max(row.get("largest_difference", 0) for row in checks)
+    about = result["machine"]
+    return [
+        "Servers and clients share the cores. Every side's rewards of 64 conversations are within "
+        f"{gap:.2g} of those of `Scorer` in fp32. Others took up to {busy:.2f} cores before a side "
+        f"started. Measured on {machine.in_words(about)}.",
+        "",
+        f"```text\n{about['command']}\n```",
+    ]
 
 
 def preparation() -> str:
