@@ -43,6 +43,8 @@ RAISES, NOT_FINITE, NAN, TOO_FEW, STOPS = 666, 667, 668, 669, 670
 FAULTS = (RAISES, NOT_FINITE, NAN, TOO_FEW, STOPS)
 # A sequence that begins with such a token, or one above, shares a prefix with others.
 FAMILY = 1000
+# A probe begins with a token of its own.
+PROBE = 1_000_000
 MOST_OVERTAKEN = 8
 WALL_S = 30
 REAL_SCALE = 0.002
@@ -96,7 +98,7 @@ class Scenario:
 
     def prefix_length(self, ids: Ids) -> int:
         """A function of the ids, as `Scorer.split` is."""
-        return len(self.prefixes[ids[0]]) if ids and ids[0] >= FAMILY else 0
+        return len(self.prefixes.get(ids[0], ()))
 
     def cost(self, sequences: list[Ids]) -> int:
         """Of one forward; a common prefix counts once where the scorer packs."""
@@ -163,12 +165,15 @@ def _draw_arrival(
 ) -> Arrival:
     kind = draw.choice(["submit", "submit", "timed", "each", "some", "probe"])
     count = draw.choice([0, 1, 1, 1, 1, 2, 3, 12]) if kind != "probe" else 1
+    sequences = [
+        draw.choice(pool) if draw.random() < 0.3 else _draw_ids(draw, it, fault)
+        for _ in range(count)
+    ]
+    if kind == "probe":
+        sequences = [(PROBE + len(it.arrivals), *sequences[0])]
     return Arrival(
         kind,
-        [
-            draw.choice(pool) if draw.random() < 0.3 else _draw_ids(draw, it, fault)
-            for _ in range(count)
-        ],
+        sequences,
         at,
         timeout=(
             draw.uniform(-0.1, 1) * patience if kind == "probe" or draw.random() < 0.3 else None
@@ -257,9 +262,9 @@ class Play:
         self.draw = random.Random(-1 - scenario.seed)
         self.alive: Counter[Ids] = Counter()
         """Sequences that somebody waits for."""
-        self.overtaken: Counter[int] = Counter()
-        self.order: dict[int, int] = {}
-        self.probes: set[int] = set()
+        self.overtaken: Counter[Any] = Counter()
+        self.order: dict[Any, int] = {}
+        """Of the queue's entries, as they were first seen there."""
         self.wrong: list[str] = []
         """What was found where raising would have been taken for a fault of the score function."""
         self.counts: Counter[str] = Counter()
@@ -345,7 +350,7 @@ class Play:
     def check_batch(self, batch: list[Any], queue: list[Any], stats: Any) -> None:
         """Of what is taken from the queue: order, limits, age, and the counters."""
         for entry in queue:
-            self.order.setdefault(id(entry), len(self.order))
+            self.order.setdefault(entry, len(self.order))
         now = module.time.monotonic()
         live = [entry for entry in queue if entry.queued]
         self._expect(stats.queued_sequences == len(live), "queued_sequences is not what waits")
@@ -362,13 +367,17 @@ class Play:
             wanted = [e for e in live if not e.submission.done.done()]
             wanted = [e for e in wanted if not e.submission.late(now)]
             self._expect(wanted[0] in batch, "the oldest is not in the batch")
+            probing = [e.ids[0] >= PROBE for e in wanted]
+            self._expect(probing == sorted(probing, reverse=True), "a probe is not in front")
+            order = [self.order[e] for e in wanted[sum(probing) :]]
+            self._expect(order == sorted(order), "the queue is out of order")
             self._check_age(batch, wanted, keys)
 
     def _check_age(self, batch: list[Any], wanted: list[Any], keys: dict[bytes, Ids]) -> None:
         """Who was overtaken often enough is in the batch, or would not fit behind those before."""
         so_far = {wanted[0].key: tuple(wanted[0].ids)}
         for entry in wanted[1:]:
-            if self.overtaken[id(entry)] < MOST_OVERTAKEN or entry.key in so_far:
+            if self.overtaken[entry] < MOST_OVERTAKEN or entry.key in so_far:
                 continue
             so_far[entry.key] = tuple(entry.ids)
             fits = len(so_far) <= self.it.max_batch_sequences
@@ -376,12 +385,9 @@ class Play:
                 break
             self.counts["overdue"] += 1
             self._expect(entry.key in keys, "overtaken too often, and passed over again")
-        places = {id(entry): place for place, entry in enumerate(wanted)}
-        youngest = max((places.get(id(entry), 0) for entry in batch), default=0)
-        taken = {id(entry) for entry in batch}
-        for entry in wanted[:youngest]:
-            if id(entry) not in taken:
-                self.overtaken[id(entry)] += 1
+        places = {entry: place for place, entry in enumerate(wanted)}
+        youngest = max(places.get(entry, 0) for entry in batch)
+        self.overtaken.update(set(wanted[:youngest]) - set(batch))
 
     # ---- callers
 
