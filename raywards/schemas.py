@@ -119,7 +119,9 @@ def _is_list(value: Any) -> bool:
 
 
 Text = Annotated[str, AfterValidator(_whole_text)]
-Rendered = Annotated[Text, AfterValidator(_not_blank)]
+Rendered = Annotated[
+    Text, AfterValidator(_not_blank), WithJsonSchema({"type": "string", "pattern": r"\S"})
+]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 CallerId = Annotated[Text, Field(max_length=256)]
 

@@ -487,3 +487,71 @@ def test_where_the_time_went_is_told() -> None:
         assert scored.batch_size == 2
 
     play(scenario)
+
+
+def test_a_score_function_that_raises_stop_iteration_fails_its_request_and_hangs_nobody() -> None:
+    def answer(ids: Ids) -> float:
+        return next(iter(())) if ids == [1] else reward_of(ids)
+
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        with pytest.raises(ServiceError, match="scoring failed"):
+            await batcher.submit([[1]])
+        assert await batcher.submit([[2]]) == [reward_of([2])]
+
+    play(scenario, FakeScorer(answer))
+
+
+def test_a_request_for_which_the_memory_is_too_small_is_halved_also_where_it_is_tried_alone() -> (
+    None
+):
+    """Its batch had failed for another reason, the fault of another request."""
+
+    class Scorer(FakeScorer):
+        def __call__(self, sequences: list[Ids]) -> list[float]:
+            rewards = super().__call__(sequences)
+            if [1] in sequences:
+                raise RuntimeError("a sequence that no model can take")
+            if len(sequences) > 2 or [9] * 9 in sequences:
+                raise MemoryError
+            return rewards
+
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        await occupy(batcher, scorer)
+        requests = [[[1]], [[n] for n in range(2, 7)], [[9] * 9]]
+        bad, good, large = await queue(batcher, *requests)
+        scorer.release()
+        found = await asyncio.gather(bad, good, large, return_exceptions=True)
+        assert sorted(map(len, scorer.batches))[-1] == 7, "all were in one batch"
+        assert isinstance(found[0], ServiceError)
+        assert found[1] == [reward_of([n]) for n in range(2, 7)]
+        assert isinstance(found[2], RequestRefusedError)
+        assert found[2].status == 413
+
+    play(scenario, Scorer())
+
+
+def test_after_no_memory_for_sequences_that_share_a_prefix_batches_are_smaller() -> None:
+    """The limit counts a prefix once, so what it is lowered to has to do so, too."""
+
+    class Scorer(FakeScorer):
+        failed = 0
+
+        def __call__(self, sequences: list[Ids]) -> list[float]:
+            rewards = super().__call__(sequences)
+            if len(sequences) > 4:
+                self.failed += 1
+                raise MemoryError
+            return rewards
+
+    def packed(count: int, longest: int, total: int) -> int:
+        return total
+
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        assert isinstance(scorer, Scorer)
+        for start in (100, 200):
+            sequences = [[7] * 30 + [start + n] for n in range(8)]
+            rewards = await batcher.submit(sequences, prefixes=[30] * 8)
+            assert rewards == list(map(reward_of, sequences))
+            assert scorer.failed == 1, "it had learnt nothing"
+
+    play(scenario, Scorer(), cost=packed)

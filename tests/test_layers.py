@@ -51,7 +51,7 @@ LAYERS = [
     ],
     [
         *("train.rows", "train.card", "train.adapters", "train.reshard"),
-        *("serve.dialects.errors", "serve.dialects.bodies"),
+        *("serve.dialects.errors", "serve.dialects.bodies", "serve.openapi"),
     ],
     ["serve.dialects.tei", "serve.dialects.vllm"],
     ["serve.dialects.*"],

@@ -394,7 +394,10 @@ class Batcher:
             for entry in batch:
                 entry.submission.fail(_too_large(entry))
             return
-        cost = self._cost(len(keys), max(k.length for k in keys), sum(k.length for k in keys))
+        filled = _Filling(self._cost, self._max_batch_tokens, self._max_batch_sequences)
+        for entry in keys:
+            filled.add(entry)
+        cost = filled.costs()
         self._max_batch_tokens = min(self._max_batch_tokens, max(1, cost // 2))
         logger.warning(
             "no memory for a batch of %d tokens; batches have at most %d from now on",
@@ -420,6 +423,8 @@ class Batcher:
                 continue
             try:
                 rewards, seconds = await self._forward(part)
+            except MemoryError:
+                await self._halve(part)
             except Exception as error:
                 logger.error("scoring failed for one request: %s", raised_at(error))
                 submission.fail(_scoring_failed(error, part))
@@ -433,7 +438,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         started = self._forward_started = time.monotonic()
         try:
-            rewards = await loop.run_in_executor(self._thread, self._score, list(unique.values()))
+            rewards = await loop.run_in_executor(self._thread, self._scores, list(unique.values()))
         finally:
             self._forward_started = None
             self.computing_tokens = 0
@@ -446,6 +451,13 @@ class Batcher:
         self.stats.computed_sequences += len(unique)
         self.stats.tokens += tokens
         return dict(zip(unique, rewards, strict=True)), seconds
+
+    def _scores(self, sequences: list[list[int]]) -> list[float]:
+        """Called in the thread. No future can hold a StopIteration: its waiter would hang."""
+        try:
+            return self._score(sequences)
+        except StopIteration as error:
+            raise RuntimeError("the score function raised StopIteration") from error
 
     def _measure(self, tokens: int, seconds: float) -> None:
         """Sums that fade, not a mean of speeds: a batch counts by its tokens."""
@@ -564,6 +576,10 @@ class _Filling:
         self.chosen[entry.key] = None
         self.prefixes.add(entry.prefix)
 
+    def costs(self) -> int:
+        """Of what is in it, in tokens."""
+        return self.cost(len(self.chosen), self.longest, self.total)
+
     def add_neighbours(self, entries: list[_Entry], first: _Entry) -> None:
         """Add what shares the prefix of `first`, then others, the nearest in length first, each
         with what shares its prefix."""
@@ -597,7 +613,7 @@ class _Filling:
         return self.cost(len(self.chosen) + 1, longest, self.total + self._adds(entry))
 
     def _is_worth_it(self, entry: _Entry) -> bool:
-        extra = self._with(entry) - self.cost(len(self.chosen), self.longest, self.total)
+        extra = self._with(entry) - self.costs()
         return extra <= _MOST_WASTE * self.cost(1, entry.length, entry.length) + _WASTE_TOKENS
 
 

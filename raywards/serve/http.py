@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, StreamingResponse
+from starlette.routing import Match
 
 from raywards.errors import DeadlineError, OverloadedError, RequestRefusedError, ServiceError
-from raywards.schemas import ErrorBody
 from raywards.serve.batcher import raised_at
 from raywards.serve.dialects import (
     Call,
@@ -42,6 +42,7 @@ from raywards.serve.dialects import (
 )
 from raywards.serve.incoming import Bodies
 from raywards.serve.metrics import Metric
+from raywards.serve.openapi import described, document, keyless, refusals
 from raywards.serve.page import page, page_headers
 from raywards.serve.replica import REQUEST_ID, RewardService, log_event
 
@@ -63,7 +64,6 @@ ROUTES: tuple[Route, ...] = (
 
 _LONGEST_REQUEST_ID = 128
 _NDJSON = "application/x-ndjson"
-_ERROR_STATUSES = (400, 401, 404, 413, 415, 422, 424, 429, 500, 503, 504)
 
 
 def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = True) -> FastAPI:
@@ -96,7 +96,7 @@ def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = 
     _add_guarded(app, current)
     _add_page(app)
     app.add_exception_handler(HTTPException, _not_a_route)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, ROUTES, with_key=current().keys.any)  # type: ignore[method-assign]
     return app
 
 
@@ -142,34 +142,13 @@ def _add_path(
             response.headers["x-request-id"] = request_id
         return response
 
-    asked = [{"$ref": f"#/components/schemas/{route.body.__name__}"} for route in sharing]
-    reply = sharing[0].reply
-    for route in sharing[1:]:
-        reply = reply | route.reply
     app.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         response_model=None,
         name=sharing[-1].answer.__name__,
-        description="\n\n".join(route.answer.__doc__ or "" for route in sharing),
-        responses={
-            200: {"model": reply, "description": "The rewards."},
-            **{
-                status: {"model": ErrorBody if native.ROUTES[0] in sharing else Any}
-                for status in _ERROR_STATUSES
-            },
-        },
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": asked[0] if len(asked) == 1 else {"oneOf": asked}
-                    }
-                },
-            }
-        },
+        **described(sharing),
     )
 
 
@@ -184,17 +163,17 @@ def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
         )
         return _error_response(stopping, native.ROUTES[0])
 
-    @app.get("/health", response_model=None)
+    @app.get("/health", response_model=None, responses=refusals(503), openapi_extra=keyless())
     async def health() -> Response:
         """Whether this replica is alive."""
         return probe("healthy")
 
-    @app.get("/ping", response_model=None)
+    @app.get("/ping", response_model=None, responses=refusals(503), openapi_extra=keyless())
     async def ping() -> Response:
         """The same, as SageMaker and vLLM call it."""
         return probe("healthy")
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=refusals(503), openapi_extra=keyless())
     async def ready() -> Response:
         """Whether this replica has verified its model and accepts requests."""
         return probe("ready")
@@ -203,8 +182,9 @@ def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
 def _add_page(app: FastAPI) -> None:
     """For people. It tells nothing without a key: what it shows, it asks for."""
 
-    @app.get("/", response_model=None, include_in_schema=False)
+    @app.get("/", response_model=None, response_class=HTMLResponse, openapi_extra=keyless())
     async def playground() -> Response:
+        """A page to try the model, and to see what it does."""
         return HTMLResponse(page(), headers=page_headers())
 
 
@@ -252,7 +232,14 @@ def _add_guarded(app: FastAPI, current: Callable[[], RewardService]) -> None:
         ("/v1/models", models, "The name of the served model."),
         ("/version", lambda _: _json(200, {"version": version("raywards")}), "Of raywards."),
     ):
-        app.add_api_route(path, guard(answer), response_model=None, name=path[1:], description=text)
+        app.add_api_route(
+            path,
+            guard(answer),
+            response_model=None,
+            name=path[1:],
+            description=text,
+            responses=refusals(401),
+        )
     schema = guard(lambda _: _json(200, app.openapi()))
     app.add_api_route("/openapi.json", schema, response_model=None, include_in_schema=False)
     app.add_api_route("/docs", guard(docs), response_model=None, include_in_schema=False)
@@ -351,23 +338,16 @@ async def _not_a_route(request: Request, error: Exception) -> Response:
     )
     response = _error_response(refused, native.ROUTES[0])
     response.headers.update(error.headers or {})
+    if error.status_code == 405:  # Starlette names the methods of one route, and `/` has two
+        response.headers["allow"] = ", ".join(sorted(_methods(request)))
     return response
 
 
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's, with the schemas of the bodies that are parsed by hand."""
-    if app.openapi_schema is None:
-        schema = get_openapi(
-            title=app.title,
-            version=app.version,
-            description=app.description,
-            routes=app.routes,
-            servers=app.servers,
-        )
-        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-        for route in ROUTES:
-            body = route.body.model_json_schema(ref_template="#/components/schemas/{model}")
-            schemas.update(body.pop("$defs", {}))
-            schemas[route.body.__name__] = body
-        app.openapi_schema = schema
-    return app.openapi_schema
+def _methods(request: Request) -> set[str]:
+    """Those that the path has."""
+    return {
+        method
+        for route in request.app.routes
+        if isinstance(route, APIRoute) and route.matches(request.scope)[0] != Match.NONE
+        for method in route.methods or ()
+    }

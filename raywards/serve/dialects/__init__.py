@@ -232,7 +232,16 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
-Describe = Callable[[ServiceError], tuple[int, Any]]
+@dataclass(frozen=True)
+class Describe:
+    """Status and body of an error reply."""
+
+    of: Callable[[ServiceError], tuple[int, Any]]
+    body: type[BaseModel]
+    """Documents the body."""
+
+    def __call__(self, error: ServiceError) -> tuple[int, Any]:
+        return self.of(error)
 
 
 @dataclass(frozen=True)
@@ -252,6 +261,10 @@ class Route:
     """Whether a body at this path is of this dialect."""
     lines: Callable[[Call, Core], AsyncGenerator[dict[str, Any], None]] | None = None
     """The reply as NDJSON, an object a line, where the caller asks for it. Raises as `answer`."""
+    query: type[BaseModel] | None = None
+    """Documents what may stand behind `?` in the address."""
+    null_is_absent: bool = True
+    """Whether null stands for a field that is left out, as `bodies.read` takes it."""
 
 
 def sigmoid(reward: float) -> float:

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
 from raywards.schemas import Message, Some, TokenId, validated
 from raywards.schemas import Rendered as RenderedText
@@ -34,6 +34,24 @@ Input = Annotated[
     Discriminator(_kind_of_input),
 ]
 """Text, texts, token ids, or lists of token ids: what OpenAI's `input` may be."""
+
+
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}")
+    return value
+
+
+def _a_boolean(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("expected false, got a number")
+    return value
+
+
+# `Literal` compares, and in Python False is 0.
+Zero = Annotated[Literal[0], BeforeValidator(_no_boolean)]
+One = Annotated[Literal[1], BeforeValidator(_no_boolean)]
+No = Annotated[Literal[False], BeforeValidator(_a_boolean)]
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 

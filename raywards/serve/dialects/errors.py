@@ -7,9 +7,13 @@ trainers give up on any 4xx, and wait on 503.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel
 
 from raywards.errors import ServiceError
+from raywards.schemas import ErrorBody, ReplyModel
 from raywards.serve.dialects import Describe
 
 _OPENAI_TYPES = {
@@ -30,6 +34,47 @@ _VLLM_TYPES = {
 }
 
 
+class VllmErrorInfo(ReplyModel):
+    """What went wrong."""
+
+    message: str
+    """What was seen, what is expected, and the next move."""
+    type: str
+    """Kind of error: `BadRequestError`, `NotFoundError`, ..."""
+    param: str | None = None
+    """Field that is at fault."""
+    code: int
+    """The HTTP status."""
+
+
+class VllmErrorBody(ReplyModel):
+    """vLLM's and SGLang's body of a reply that is not a success."""
+
+    error: VllmErrorInfo
+    """What went wrong."""
+
+
+class TeiErrorBody(ReplyModel):
+    """Body of text-embeddings-inference of a reply that is not a success."""
+
+    error: str
+    """What was seen, what is expected, and the next move."""
+    error_type: Literal["Backend", "Empty", "Overloaded", "Validation"]
+    """Kind of error."""
+
+
+class CohereErrorBody(ReplyModel):
+    """Cohere's body of a reply that is not a success."""
+
+    message: str
+    """What was seen, what is expected, and the next move."""
+
+
+def _with(body: type[BaseModel]) -> Callable[[Callable[[ServiceError], Any]], Describe]:
+    return lambda function: Describe(function, body)
+
+
+@_with(ErrorBody)
 def native(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """OpenAI's envelope, with our codes for programs."""
     status = error.status or 500
@@ -52,9 +97,10 @@ def busy_is_429(describe: Describe) -> Describe:
         status, body = describe(error)
         return (429 if status == 503 else status), body
 
-    return described
+    return Describe(described, describe.body)
 
 
+@_with(VllmErrorBody)
 def vllm(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """vLLM's envelope: the code is the status, and what is not valid is 400."""
     status = error.status or 500
@@ -69,6 +115,7 @@ def vllm(error: ServiceError) -> tuple[int, dict[str, Any]]:
     }
 
 
+@_with(TeiErrorBody)
 def tei(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """The words of text-embeddings-inference: 429 where it is full, 424 where the model failed."""
     status = error.status or 500
@@ -79,6 +126,7 @@ def tei(error: ServiceError) -> tuple[int, dict[str, Any]]:
     return status, {"error": str(error), "error_type": kind}
 
 
+@_with(CohereErrorBody)
 def cohere(error: ServiceError) -> tuple[int, dict[str, Any]]:
     """Cohere's: a message, and 429 where to try again."""
     status = error.status or 500

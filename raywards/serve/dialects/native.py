@@ -57,7 +57,17 @@ async def lines(call: Call, core: Core) -> AsyncGenerator[dict[str, Any], None]:
     yield {"done": True, "usage": _usage(tokens)}
 
 
-ROUTES = (Route("/v1/reward", RewardRequest, RewardResponse, answer, errors.native, lines=lines),)
+ROUTES = (
+    Route(
+        "/v1/reward",
+        RewardRequest,
+        RewardResponse,
+        answer,
+        errors.native,
+        lines=lines,
+        null_is_absent=False,
+    ),
+)
 
 
 def _scoring(request: RewardRequest) -> ScoringRequest:

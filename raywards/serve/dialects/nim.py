@@ -13,7 +13,7 @@ from pydantic import Field
 
 from raywards.schemas import Message, ReplyModel, Some, Strict
 from raywards.serve.dialects import Call, Core, Reply, Route, ScoringRequest, errors
-from raywards.serve.dialects.bodies import ModelName, conversation_of, read
+from raywards.serve.dialects.bodies import ModelName, No, One, conversation_of, read
 
 # Settings of a generation, which a reward model does not do.
 IGNORED = frozenset(
@@ -46,9 +46,9 @@ class ChatCompletionRequest(Strict):
     """The conversation."""
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
-    n: Literal[1] = 1
+    n: One = 1
     """A conversation has one reward."""
-    stream: Literal[False] = False
+    stream: No = False
     """The reply comes in one piece."""
 
 

@@ -73,4 +73,13 @@ async def get_reward(call: Call, core: Core) -> Reply:
     )
 
 
-ROUTES = (Route("/get_reward", GetRewardRequest, GetRewardResponse, get_reward, errors.native),)
+ROUTES = (
+    Route(
+        "/get_reward",
+        GetRewardRequest,
+        GetRewardResponse,
+        get_reward,
+        errors.native,
+        query=GetRewardQuery,
+    ),
+)

@@ -35,7 +35,7 @@ from raywards.serve.dialects import (
     ScoringRequest,
     errors,
 )
-from raywards.serve.dialects.bodies import Input, ModelName, items_of, read, vector_of_one
+from raywards.serve.dialects.bodies import Input, ModelName, No, Zero, items_of, read, vector_of_one
 
 # SGLang does nothing with `user`.
 IGNORED = frozenset({"user"})
@@ -89,7 +89,7 @@ class EmbeddingReqInput(Strict):
     """Token ids of one sequence, or of several."""
     rid: RequestId | list[RequestId] | None = None
     """The caller's name for the sequence, or for each of them."""
-    priority: Literal[0] | None = None
+    priority: Zero | None = None
     """Requests are served oldest first."""
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class EmbeddingRequest(Strict):
     """JSON numbers, or base64 of the vector's float32s."""
     rid: RequestId | None = None
     """The caller's name for the request."""
-    priority: Literal[0] | None = None
+    priority: Zero | None = None
     """Requests are served oldest first."""
 
 
@@ -139,9 +139,9 @@ class ScoringBody(Strict):
     """The responses."""
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
-    apply_softmax: Literal[False] = False
+    apply_softmax: No = False
     """Of one label it is always 1."""
-    item_first: Literal[False] = False
+    item_first: No = False
     """A response comes after its prompt."""
 
 

@@ -70,4 +70,13 @@ async def remote_rm(call: Call, core: Core) -> Reply:
     return Reply({"reward": reward} if options.as_dict == "1" else reward)
 
 
-ROUTES = (Route("/remote_rm", RemoteRmRequest, float | dict[str, float], remote_rm, errors.native),)
+ROUTES = (
+    Route(
+        "/remote_rm",
+        RemoteRmRequest,
+        float | dict[str, float],
+        remote_rm,
+        errors.native,
+        query=RemoteRmQuery,
+    ),
+)

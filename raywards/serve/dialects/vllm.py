@@ -41,6 +41,8 @@ from raywards.serve.dialects import (
 from raywards.serve.dialects.bodies import (
     Input,
     ModelName,
+    No,
+    Zero,
     conversation_of,
     items_of,
     read,
@@ -78,7 +80,7 @@ class PoolingOptions(Strict):
     """Where it is cut: `left` keeps the last tokens, `right` the first."""
     request_id: Annotated[Text, Field(min_length=1, max_length=128)] | None = None
     """Stands in the reply's `id`, unless the header `X-Request-Id` does."""
-    priority: Literal[0] = 0
+    priority: Zero = 0
     """Requests are served oldest first."""
     use_activation: bool = True
     """False: the raw reward. True: the sigmoid of it, unless the model's config says regression."""
@@ -102,9 +104,9 @@ class ClassifyRequest(PoolingOptions):
     """One conversation, rendered with the model's chat template."""
     add_special_tokens: bool | None = None
     """Open and close texts as the tokenizer does. Default: for `input`, and never a second BOS."""
-    add_generation_prompt: Literal[False] = False
+    add_generation_prompt: No = False
     """A conversation to score has been answered."""
-    continue_final_message: Literal[False] = False
+    continue_final_message: No = False
     """A conversation to score is closed."""
     chat_template_kwargs: TemplateVariables | None = None
     """Variables for the model's chat template. Only with `messages`."""
