@@ -100,6 +100,7 @@ class Scorer:
         self._skip_id = (
             _foreign_skip_id(source, self._config, rendering) if is_foreign_decoder else None
         )
+        self._control_ids = _control_ids(rendering.tokenizer)
         self.vocab_size: int = self._config.vocab_size
         self.max_length = _max_length(self._config, rendering.tokenizer, max_length, exact)
         self.info = self._describe(source, weights)
@@ -345,6 +346,10 @@ class Scorer:
         shares = not self._model.pads and len(ids) <= self._model.window
         return self._rendering.split(ids) if shares else 0
 
+    def has_text(self, ids: Sequence[int]) -> bool:
+        """Whether anything but control tokens is there, such as a BOS."""
+        return not self._control_ids.issuperset(ids)
+
     def free_memory(self) -> None:
         """Give memory that no tensor uses back to the device, as after running out of it."""
         if self._device.type == "cuda":
@@ -492,6 +497,12 @@ def _rendering_of(
             "the tokenizer files of the export."
         )
     return rendering
+
+
+def _control_ids(tokenizer: Any) -> frozenset[int]:
+    """`all_special_ids` has those alone that have a role, such as EOS."""
+    added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def _export_beside(adapter: Path) -> dict[str, Any] | None:

@@ -103,6 +103,9 @@ class FakeScorer:
     def split(self, ids: Sequence[int]) -> int:
         return 0
 
+    def has_text(self, ids: Sequence[int]) -> bool:
+        return True
+
     def free_memory(self) -> None:
         raise AssertionError("it has no memory to free")
 

@@ -62,7 +62,7 @@ LAYERS = [
     ["train.best", "train.stops"],
     ["train.loop"],
     ["train.cluster"],
-    ["train.planned", "serve.traffic", "serve.incoming"],
+    ["train.planned", "serve.traffic", "serve.incoming", "serve.tokenizing"],
     ["serve.replica"],
     ["train.trainer", "serve.http"],
     ["serve.app"],

@@ -13,33 +13,30 @@ import asyncio
 import json
 import logging
 import os
-import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opentelemetry import trace
 
 from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
-    ConversationError,
     DeadlineError,
     NonFiniteError,
     OverloadedError,
     RequestRefusedError,
     ServiceError,
 )
-from raywards.rendering import truncate
 from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
-from raywards.serve.dialects import Core, Encoder, Item, ScoredItem, ScoringRequest, ScoringResult
+from raywards.serve.dialects import Core, ScoredItem, ScoringRequest, ScoringResult
 from raywards.serve.keys import Keys
 from raywards.serve.metrics import Metric, Metrics
 from raywards.serve.recent import Recent
+from raywards.serve.tokenizing import Encoded, Tokenizer, TokenizerLike, guessed_tokens
 from raywards.serve.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -52,18 +49,13 @@ _TRACER = trace.get_tracer("raywards")
 REQUEST_ID: ContextVar[str | None] = ContextVar("raywards_request_id", default=None)
 """Of the request that this task serves: for the log."""
 
-# No tokenizer of a language model makes a token of more characters; text beyond cannot fit.
-_CHARACTERS_PER_TOKEN = 250
-# What text usually has: for admission before the real count is known.
-_USUAL_CHARACTERS_PER_TOKEN = 4
-_TOKENIZER_THREADS = 2
 _PROBE_S = 10.0
 _WATCH_S = 1.0
 # A forward of one batch takes seconds. One that takes this long will not come back.
 _STUCK_S = 600.0
 
 
-class ScorerLike(Encoder, Protocol):
+class ScorerLike(TokenizerLike, Protocol):
     """What the core needs of `raywards.scorer.Scorer`."""
 
     info: dict[str, Any]
@@ -71,19 +63,9 @@ class ScorerLike(Encoder, Protocol):
     @property
     def packs(self) -> bool: ...
 
-    def split(self, ids: Sequence[int]) -> int: ...
-
     def free_memory(self) -> None: ...
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
-
-
-@dataclass(frozen=True)
-class _Encoded:
-    ids: list[int]
-    truncated: bool
-    prefix: int
-    """How many of the ids other sequences may begin with, too."""
 
 
 class RewardService:
@@ -113,10 +95,9 @@ class RewardService:
             max_queued_tokens=config.max_queued_tokens,
             cost=packed_cost if scorer.packs else padded_cost,
         )
-        self._tokenizers = ThreadPoolExecutor(_TOKENIZER_THREADS, thread_name_prefix="tokenize")
+        self._tokenizer = Tokenizer(scorer)
         self.traffic = Traffic()
         self._recent = Recent()
-        self._tokenizing = 0
         self._closed = False
         self._watching: asyncio.Task[None] | None = None
 
@@ -132,7 +113,7 @@ class RewardService:
         self._closed = True
         await asyncio.gather(*(adapter.close() for adapter in self.adapters.values()))
         await self._batcher.close()
-        self._tokenizers.shutdown(wait=False)
+        self._tokenizer.close()
         if self._watching is not None:
             self._watching.cancel()
 
@@ -145,8 +126,12 @@ class RewardService:
     @property
     def load_tokens(self) -> int:
         """Tokens that wait to be tokenised, wait for a forward, or are in one: for autoscaling."""
-        own = self._tokenizing + self._batcher.stats.queued_tokens + self._batcher.computing_tokens
+        own = self._waiting_tokens + self._batcher.computing_tokens
         return own + sum(adapter.load_tokens for adapter in self.adapters.values())
+
+    @property
+    def _waiting_tokens(self) -> int:
+        return self._tokenizer.waiting_tokens + self._batcher.stats.queued_tokens
 
     async def check(self) -> None:
         """Send a canary through the batcher; raises where rewards do not come out any more."""
@@ -213,9 +198,9 @@ class RewardService:
         started = time.monotonic()
         deadline = self._deadline(request)
         self._check(request)
-        encoded = await self._tokenize(request, deadline)
+        encoded = await self._tokenizer.encode(request, deadline)
         tokenize_s = time.monotonic() - started
-        good = [one for one in encoded if isinstance(one, _Encoded)]
+        good = [one for one in encoded if isinstance(one, Encoded)]
         if good and self._is_canarys(good[0], request, traffic):
             answer = await self._of_canary(request, traffic)
             if answer is not None:
@@ -258,10 +243,11 @@ class RewardService:
             return
         deadline = self._deadline(request)
         self._check(request)
-        encoded = await self._tokenize(replace(request, fails_as_a_whole=False), deadline)
-        good = [(i, one) for i, one in enumerate(encoded) if isinstance(one, _Encoded)]
+        request = replace(request, fails_as_a_whole=False)
+        encoded = await self._tokenizer.encode(request, deadline)
+        good = [(i, one) for i, one in enumerate(encoded) if isinstance(one, Encoded)]
         if good and self._is_canarys(good[0][1], request, self.traffic):
-            answer = await self._of_canary(replace(request, fails_as_a_whole=False), self.traffic)
+            answer = await self._of_canary(request, self.traffic)
             if answer is not None:
                 for position, item in enumerate(answer.items):
                     yield position, item
@@ -270,7 +256,7 @@ class RewardService:
         async with aclosing(outcomes):
             first = await anext(outcomes, None)  # refused here, or not at all
             for index, one in enumerate(encoded):
-                if not isinstance(one, _Encoded):
+                if not isinstance(one, Encoded):
                     yield index, ScoredItem(None, None, error=one)
             while first is not None:
                 position, outcome = first
@@ -280,7 +266,7 @@ class RewardService:
                 yield index, item
                 first = await anext(outcomes, None)
 
-    def _is_canarys(self, first: _Encoded, request: ScoringRequest, traffic: Traffic) -> bool:
+    def _is_canarys(self, first: Encoded, request: ScoringRequest, traffic: Traffic) -> bool:
         """Who names a revision gets it. Else the prompt decides, that of the first sequence."""
         pinned = request.model is not None and "@" in request.model
         return not pinned and traffic.diverts(first.ids[: first.prefix] or first.ids)
@@ -373,8 +359,6 @@ class RewardService:
             self.metrics.put(Metric.model_info, 1, **labels)
             await asyncio.sleep(_WATCH_S)
 
-    # ---- before tokenising
-
     def _check(self, request: ScoringRequest) -> None:
         """What can be refused without looking at a token."""
         if self._closed:
@@ -398,6 +382,18 @@ class RewardService:
                 field=request.max_length_field,
                 code="invalid_value",
             )
+        self._admit(request)
+
+    def _admit(self, request: ScoringRequest) -> None:
+        """By a guess of its tokens; the batcher decides by their count."""
+        load, most = self._waiting_tokens, self.config.max_queued_tokens
+        if 0 < load > most - guessed_tokens(request):
+            raise OverloadedError(
+                f"the queue is full: about {load} tokens wait and {most} may; try again after the "
+                "time in Retry-After",
+                status=503,
+                retry_after_s=self._batcher.retry_after_s(),
+            )
 
     def _check_model(self, asked: str | None) -> None:
         name, revision = self.config.name, self._scorer.info.get("revision")
@@ -411,80 +407,6 @@ class RewardService:
                 field="model",
                 code="model_not_found",
             )
-
-    # ---- tokenising
-
-    async def _tokenize(
-        self, request: ScoringRequest, deadline: float
-    ) -> list[_Encoded | RequestRefusedError]:
-        """Token ids of all items, made in a thread: the loop goes on serving others."""
-        guess = sum(item.characters() for item in request.items) // _USUAL_CHARACTERS_PER_TOKEN
-        load = self._batcher.stats.queued_tokens + self._tokenizing
-        if 0 < load > self.config.max_queued_tokens - guess:
-            raise OverloadedError(
-                f"the queue is full: about {load} tokens wait and "
-                f"{self.config.max_queued_tokens} may; try again after the time in Retry-After",
-                status=503,
-                retry_after_s=self._batcher.retry_after_s(),
-            )
-        gone = threading.Event()
-        loop = asyncio.get_running_loop()
-        self._tokenizing += guess
-        try:
-            return await loop.run_in_executor(
-                self._tokenizers, self._encode_all, request, deadline, gone
-            )
-        finally:
-            gone.set()
-            self._tokenizing -= guess
-
-    def _encode_all(
-        self, request: ScoringRequest, deadline: float, gone: threading.Event
-    ) -> list[_Encoded | RequestRefusedError]:
-        encoded: list[_Encoded | RequestRefusedError] = []
-        for item in request.items:
-            if gone.is_set() or time.monotonic() > deadline:
-                raise DeadlineError(
-                    "the deadline passed before the request was tokenised; allow more time, or "
-                    "send less at once",
-                    status=504,
-                )
-            try:
-                encoded.append(self._encode(item, request))
-            except ConversationError as error:
-                told = _refused(error, item)
-                if request.fails_as_a_whole:
-                    raise told from None
-                encoded.append(told)
-        return encoded
-
-    def _encode(self, item: Item, request: ScoringRequest) -> _Encoded:
-        """Ask for no truncation first: else nobody would know whether it took place."""
-        characters, limit = item.characters(), self._scorer.max_length
-        if characters > limit * _CHARACTERS_PER_TOKEN:
-            raise ConversationError(
-                f"{characters} characters cannot fit into {limit} tokens; at most "
-                f"{limit * _CHARACTERS_PER_TOKEN} are read, also where the text is truncated",
-                reason="too_long",
-            )
-        truncated = False
-        try:
-            ids = item.encode(self._scorer, "error")
-        except ConversationError as error:
-            if error.reason != "too_long" or request.truncation == "error":
-                raise
-            ids = item.encode(self._scorer, request.truncation)
-            truncated = True
-        if request.max_length is not None and len(ids) > request.max_length:
-            if request.truncation == "error":
-                raise ConversationError(
-                    f"{len(ids)} tokens are more than the request's max_length="
-                    f"{request.max_length}; raise it, or ask for truncation 'left' or 'right'",
-                    reason="too_long",
-                )
-            ids = truncate(ids, request.max_length, request.truncation)
-            truncated = True
-        return _Encoded(ids, truncated, self._scorer.split(ids))
 
 
 def load(config: ServeConfig, metrics: Metrics | None = None) -> RewardService:
@@ -550,7 +472,7 @@ def _in_numbers(result: ScoringResult) -> dict[str, float]:
     }
 
 
-def _submitted(encoded: Sequence[_Encoded], deadline: float) -> dict[str, Any]:
+def _submitted(encoded: Sequence[Encoded], deadline: float) -> dict[str, Any]:
     return {
         "sequences": [one.ids for one in encoded],
         "prefixes": [one.prefix for one in encoded],
@@ -559,20 +481,20 @@ def _submitted(encoded: Sequence[_Encoded], deadline: float) -> dict[str, Any]:
 
 
 def _scored_items(
-    encoded: Sequence[_Encoded | RequestRefusedError], rewards: Sequence[float | ServiceError]
+    encoded: Sequence[Encoded | RequestRefusedError], rewards: Sequence[float | ServiceError]
 ) -> list[ScoredItem]:
     """Rewards belong to the items that could be encoded, in order."""
     remaining = iter(rewards)
     items = []
     for one in encoded:
-        if not isinstance(one, _Encoded):
+        if not isinstance(one, Encoded):
             items.append(ScoredItem(None, None, error=one))
             continue
         items.append(_scored_item(one, next(remaining)))
     return items
 
 
-def _scored_item(one: _Encoded, reward: float | ServiceError) -> ScoredItem:
+def _scored_item(one: Encoded, reward: float | ServiceError) -> ScoredItem:
     if isinstance(reward, ServiceError):
         return ScoredItem(None, len(one.ids), one.truncated, reward)
     return ScoredItem(reward, len(one.ids), one.truncated)
@@ -584,16 +506,3 @@ def _reward_of(outcome: Scored | Exception) -> float | ServiceError:
     elif isinstance(outcome, ServiceError):
         return outcome
     raise outcome
-
-
-def _refused(error: ConversationError, item: Item) -> RequestRefusedError:
-    """The renderer's finding, with the field of the request in front."""
-    details = error.__dict__
-    field = item.field
-    if details.get("field") in ("chat_template_kwargs", "tools"):
-        field = details["field"]
-    elif details.get("message_index") is not None:
-        field = item.field_of_message(details["message_index"])
-    return RequestRefusedError(
-        f"{field}: {error}", status=422, field=field, code=details.get("reason", "invalid_value")
-    )

@@ -199,6 +199,15 @@ def test_nothing_is_served_under_other_names(example: Example, rm: Served) -> No
             assert "'rm' is" in message
 
 
+def test_a_text_that_is_cut_to_a_control_token_has_no_reward(rm: Served) -> None:
+    """The first token of a rendered conversation is one: its reward would say nothing."""
+    native = {"input": RENDERED, "truncation": "right", "max_length": 1}
+    assert "control tokens" in is_refused(rm.http.post("/v1/reward", json=native), 1)
+    theirs = {"input": RENDERED, "truncate_prompt_tokens": 1}
+    assert "control tokens" in is_refused(rm.http.post("/classify", json=theirs), 1)
+    assert rm.post("/v1/reward", {**native, "max_length": 2})["data"][0]["num_tokens"] == 2
+
+
 # ---- what is text, and no more
 
 
