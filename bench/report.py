@@ -179,7 +179,7 @@ def serving() -> str:
             lines.append(
                 f"| `Scorer` in waves of 64, no server | {bare:.1f} |" + " |" * (len(counts) - 1)
             )
-    return "\n".join([*lines, "", *ratios(rows), "", *served_on(result)]) + "\n"
+    return "\n".join([*lines, "", *ratios(rows), "", *served_on(result), "", *growth()]) + "\n"
 
 
 def requests(rows: Iterable[dict[str, Any]]) -> str:
@@ -226,6 +226,36 @@ def served_on(result: dict[str, Any]) -> list[str]:
         f"started. Measured on {machine.in_words(about)}.",
         "",
         f"```text\n{about['command']}\n```",
+    ]
+
+
+def growth() -> list[str]:
+    """The timeline of `bench/scale.py`: seconds in which the number of replicas changed."""
+    result = load(RESULTS / "scale.json")
+    seconds, about = result["seconds"], result["machine"]
+    most = max(second["replicas"] for second in seconds)
+    bars, before, answers = [], None, 0
+    for second in seconds:
+        answers += second["answers"]
+        if second["replicas"] != before or second is seconds[-1]:
+            before = second["replicas"]
+            bar = "█" * before + "░" * (most - before)
+            bars.append(
+                f"{second['s']:4d} s  {bar}  {before} replicas, {answers:5d} answers so far"
+            )
+    return [
+        f"Replicas with the load ({result['settings']['clients']} clients begin at 0 s; once "
+        f"{most} replicas have been there for some seconds, one client is left):",
+        "",
+        "```text",
+        *bars,
+        "```",
+        "",
+        f"{most} replicas {result['up_s']:.1f} s after the load began, one again "
+        f"{result['down_s']:.1f} s after it ended; of {result['answers']:,} requests "
+        f"{result['lost']} were lost, {result['wrong']} answered wrongly, {result['refused']} told "
+        "when to come back. A replica's own part is to import and to load: the rest is Serve's "
+        f"averages and decisions. `{about['command']}` on {machine.in_words(about)}.",
     ]
 
 
