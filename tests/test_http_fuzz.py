@@ -1,6 +1,6 @@
 """The real server under damaged requests, beside a client whose requests are good.
 
-`RAYWARDS_FUZZ_S=600 pytest -m slow tests/test_http_fuzz.py -s` runs for ten minutes;
+`RAYWARDS_FUZZ_S=600 pytest -m slow -s tests/test_http_fuzz.py` runs for ten minutes;
 `RAYWARDS_FUZZ_SEED` is where the seeds begin. A finding names the seed of its request.
 """
 
