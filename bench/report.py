@@ -156,30 +156,39 @@ def scoring(results: list[dict[str, Any]]) -> str:
 
 
 def serving() -> str:
-    """Figures of `bench/serve.py`: a table for each workload."""
-    result = load(RESULTS / "serve_bf16.json")
+    """Figures of `bench/serve.py` in each dtype, and the timeline of `bench/scale.py`."""
+    results = sorted(map(load, RESULTS.glob("serve_*.json")), key=dtype)
+    lines = [line for result in results for line in served(result)]
+    return "\n".join([*lines, *growth()]) + "\n"
+
+
+def served(result: dict[str, Any]) -> list[str]:
     rows = [row for one in result["rounds"] for row in one if "per_s" in row]
-    lines = ["Requests per second (p50 / p99 in ms), median of the rounds, by number of clients:"]
+    lines = [
+        f"Requests per second in {dtype(result)} (p50 / p99 in ms), median of "
+        f"{len(result['rounds'])} rounds, by number of clients:"
+    ]
     for workload, title in REQUESTS.items():
         asked = [row for row in rows if row["workload"] == workload and row["loop"] == "closed"]
         counts = sorted({row["clients"] for row in asked})
+        if not counts:
+            continue
         lines += [
             "",
             f"| {title} | {' | '.join(map(str, counts))} |",
             "|---|" + "---|" * len(counts),
         ]
         for side, name in SERVERS.items():
-            cells = [requests(r for r in asked if (r["side"], r["clients"]) == (side, n))
-                     for n in counts]  # fmt: skip
+            cells = [
+                requests(r for r in asked if (r["side"], r["clients"]) == (side, n)) for n in counts
+            ]
             if any(cells):
                 lines.append(f"| {name} | {' | '.join(cells)} |")
         waves = [r["per_s"] for r in rows if (r["side"], r["workload"]) == ("scorer", workload)]
         if waves:
-            bare = statistics.median(waves)
-            lines.append(
-                f"| `Scorer` in waves of 64, no server | {bare:.1f} |" + " |" * (len(counts) - 1)
-            )
-    return "\n".join([*lines, "", *ratios(rows), "", *served_on(result), "", *growth()]) + "\n"
+            empty = " |" * (len(counts) - 1)
+            lines.append(f"| `Scorer` in waves of 64 | {statistics.median(waves):.1f} |{empty}")
+    return [*lines, "", *ratios(rows), "", *served_on(result), ""]
 
 
 def requests(rows: Iterable[dict[str, Any]]) -> str:

@@ -1,6 +1,6 @@
 """Served rewards beside vLLM's server, OpenRLHF's loop and a plain FastAPI app.
 
-    python bench/serve.py --model FOLDER --data PAIRS.jsonl [--long PAIRS.jsonl] [--tiny FOLDER]
+    python bench/serve.py --model FOLDER --data PAIRS.jsonl [--long PAIRS.jsonl] [--tiny]
         [--dtype bfloat16] [--sides raywards_haproxy,raywards,...] [--clients 1,8,64,256]
         [--workload single,best_of_16,mixed] [--seconds 15] [--rounds 2] [--vllm-python PYTHON]
         [--out RESULT.json]
@@ -20,7 +20,7 @@ p99. The clients run on the same cores. Servers start anew each round and take t
 
 `scorer` is no server: `Scorer` in this process scores the same stream in waves of 64, tokenising
 included: what HTTP, Ray and batching cost is the ratio to it. With `--tiny`, requests/s of a model
-of nothing beside those of `/ping` through the same ingress, in the same run.
+of one layer of 16 beside those of `/ping` through the same ingress, in the same run.
 
 Latency is of one request, in ms. Rewards are compared with the Scorer's in fp32: the exit status is
 1 where they are further away than AGREE times their spread. "others": cores that something else
@@ -37,6 +37,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -84,7 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="export folder")
     parser.add_argument("--data", required=True, help="JSONL file of preference rows")
     parser.add_argument("--long", help="another one, with long conversations: for `mixed`")
-    parser.add_argument("--tiny", help="export of a model of nothing")
+    parser.add_argument("--tiny", action="store_true", help="also a model of nothing, and /ping")
     parser.add_argument("--dtype", choices=list(AGREE), default="bfloat16")
     parser.add_argument("--sides", type=split, default=[*SIDES, "scorer"])
     parser.add_argument("--clients", type=lambda text: list(map(int, text.split(","))),
@@ -172,8 +173,10 @@ def one_round(args: argparse.Namespace, texts: Texts, number: int) -> list[dict[
             with server(side, job) as url:
                 rows += asyncio.run(asked(args, texts, side, url))
             if args.tiny and side in ("raywards", "raywards_haproxy", "raywards_bare"):
-                with server(side, {**job, "model": args.tiny, "dtype": "float32"}) as url:
-                    rows += asyncio.run(beside_ping(args, texts, side, url))
+                with tempfile.TemporaryDirectory() as folder:
+                    tiny = {**job, "model": of_nothing(args.model, folder), "dtype": "float32"}
+                    with server(side, tiny) as url:
+                        rows += asyncio.run(beside_ping(args, texts, side, url))
         except RuntimeError as error:
             print(f"  {side} failed: {error}", flush=True)
     return rows
@@ -199,6 +202,23 @@ async def asked(
             tell(rows[-1])
     found = await agreement(args, texts, side, url)
     return [*rows, {"side": side, "check": "rewards", **found}]
+
+
+def of_nothing(model: str, folder: str) -> str:
+    """A classifier with the tokenizer of `model` and next to no weights."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from raywards.loader import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=1, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=8192,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 async def beside_ping(

@@ -5,7 +5,7 @@ python bench/servers.py SIDE JOB.json     run one of ours or of the plain ones u
 raywards            Ray Serve behind its own proxy
 raywards_haproxy    Ray Serve behind HAProxy
 raywards_bare       the same app under uvicorn, without Ray
-vllm                `vllm serve`, as it comes
+vllm                vLLM's OpenAI-compatible server, as it comes
 serve_rm            OpenRLHF's loop, rebuilt: a forward per request, in the event loop
 fastapi             FastAPI and transformers as one would write it first: a forward per request
                     in a thread
@@ -80,8 +80,17 @@ def server(side: str, job: dict[str, Any]) -> Iterator[str]:
         job_file.write_text(json.dumps({**job, "port": port}))
         command = [sys.executable, __file__, side, str(job_file)]
         if side == "vllm":
-            command = [str(Path(job["vllm_python"]).with_name("vllm")), "serve", job["model"]]
-            command += ["--runner", "pooling", "--dtype", job["dtype"], "--port", str(port)]
+            command = [job["vllm_python"], "-m", "vllm.entrypoints.openai.api_server"]
+            command += [
+                "--model",
+                job["model"],
+                "--runner",
+                "pooling",
+                "--dtype",
+                job["dtype"],
+                "--port",
+                str(port),
+            ]
             command += ["--host", "127.0.0.1", "--disable-uvicorn-access-log"]
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
