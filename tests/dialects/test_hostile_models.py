@@ -153,6 +153,24 @@ def test_a_model_without_a_template_scores_what_is_rendered(
             assert "template" in reply["error"]["message"]
 
 
+def test_what_the_template_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    """One that wants user and assistant in turns, and no system message."""
+    user, assistant = TALKS[0]
+    with served(exported(tmp_path / "llama", "llama")) as server:
+        before = rewards_of(server)
+        for talk in (
+            [user, assistant, assistant],
+            [assistant],
+            [{"role": "system", "content": "Be kind."}, user, assistant],
+            [user, {"role": "tool", "content": "3"}, assistant],
+        ):
+            for path in ("/v1/reward", "/classify", "/pooling", "/v1/chat/completions"):
+                status, reply = server.refused(path, {"messages": talk})
+                assert status in (400, 422)
+                assert "must alternate" in reply["error"]["message"]
+        assert rewards_of(server) == pytest.approx(before, abs=1e-5)
+
+
 def test_words_that_the_model_has_no_embedding_for_are_refused(
     sound: dict[str, Path], tmp_path: Path
 ) -> None:
