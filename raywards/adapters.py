@@ -172,7 +172,7 @@ def import_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ConfigError("adapters need peft: pip install 'raywards[train]'.") from None
+        raise ConfigError("LoRA needs peft: pip install 'raywards[train]'.") from None
     return peft
 
 

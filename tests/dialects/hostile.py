@@ -17,6 +17,7 @@ JSON = {"content-type": "application/json"}
 DEEP = 10_000
 # Of the smallest reader: what a body may be said to be is up to the dialect, never a success.
 REFUSED = frozenset({400, 404, 413, 415, 422})
+_BOMB = gzip.compress(b" " * 20_000_000 + b"{}")
 
 
 class Raw(NamedTuple):
@@ -53,8 +54,7 @@ def raw(example: Example) -> Iterator[Raw]:
     yield Raw("no UTF-8", good[:-2] + b"\xff\xfe" + good[-2:])
     yield Raw("an overlong NUL", good[:-2] + b"\xc0\x80" + good[-2:])
     yield Raw("compressed in silence", gzip.compress(good))
-    bomb = gzip.compress(b" " * 50_000_000 + good)
-    yield Raw("a bomb", bomb, {**JSON, "content-encoding": "gzip"})
+    yield Raw("a bomb", _BOMB, {**JSON, "content-encoding": "gzip"})
     yield Raw("compressed twice", good, {**JSON, "content-encoding": "gzip, br"})
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonp", "*/*"):
         yield Raw(f"type {kind!r}", good, {"content-type": kind})
