@@ -135,6 +135,9 @@ class RewardService:
 
     async def check(self) -> None:
         """Send a canary through the batcher; raises where rewards do not come out any more."""
+        await asyncio.gather(self._probe(), *(one.check() for one in self.adapters.values()))
+
+    async def _probe(self) -> None:
         if self._batcher.forward_age_s > _STUCK_S:
             raise ServiceError(f"a forward has been running for more than {_STUCK_S:g} s")
         canary = [min(1, int(self._scorer.info["vocab_size"]) - 1)] * 2
@@ -144,8 +147,6 @@ class RewardService:
             # It waits behind one long forward: busy, not broken.
             if not self._batcher.healthy:
                 raise
-        for adapter in self.adapters.values():
-            await adapter.check()
 
     def info(self) -> dict[str, Any]:
         """What is served, its limits, and how much waits."""
