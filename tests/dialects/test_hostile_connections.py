@@ -33,8 +33,8 @@ OPEN = {"/health", "/ping", "/ready", "/"}
 
 @pytest.fixture(scope="module")
 def impatient(folder: Path) -> Iterator[Served]:
-    """Gives a request a second, and 20,000 bytes."""
-    with served(folder, request_timeout_s=1.0, max_body_bytes=20_000) as running:
+    """Gives a request two seconds, and 20,000 bytes."""
+    with served(folder, request_timeout_s=2.0, max_body_bytes=20_000) as running:
         yield running
 
 
@@ -119,7 +119,7 @@ def test_a_body_that_trickles_is_cut_off(impatient: Served) -> None:
     with connected(impatient) as connection:
         connection.sendall(head("/v1/reward", "transfer-encoding: chunked"))
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            for _ in range(30):
+            for _ in range(60):
                 connection.sendall(b"1\r\n \r\n")
                 time.sleep(0.05)
         [(status, _, _)] = read(connection)
