@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from raywards.errors import ConfigError, ModelError
-from raywards.model import RewardModel
+from raywards.model import Float32Linear, RewardModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 _REFUSED = {
     "alora_invocation_tokens": "an adapter that starts at a token has no merged form",
     "arrow_config": "routing between adapters has no merged form",
+    "kasa_config": "it cuts the weights of the base",
     "layer_replication": "it makes another architecture, which the export's config cannot say",
     "monteclora_config": "it adds a term to the loss",
     "velora_config": "it changes what the backward pass keeps",
@@ -75,6 +76,7 @@ class AdapterSet:
             self._activate(None)
             try:
                 self._inject(name, config)
+                self._head_in_fp32(name)
                 loaded = self._peft.load_adapter(str(folder), name, autocast_adapter_dtype=True)
             except (RuntimeError, ValueError, KeyError, TypeError) as error:
                 self._remove(name)
@@ -116,6 +118,16 @@ class AdapterSet:
             self._peft = peft.get_peft_model(self._model.inner, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
+
+    def _head_in_fp32(self, name: str) -> None:
+        """As it was trained, whatever the base is loaded in."""
+        from peft.utils import ModulesToSaveWrapper
+
+        for module in self._model.inner.modules():
+            if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+                head = module.modules_to_save[name]
+                if isinstance(head, Float32Linear):
+                    head.float()
 
     def _remove(self, name: str) -> None:
         if self._peft is None:

@@ -400,6 +400,8 @@ class Scorer:
             bounds["float32"] = 1e-4 * max(1.0, self._manifest["reward_sd"])
         types = (self.info["dtype"], self._manifest["dtype"])
         bound = max(bounds.get(name, bounds["bfloat16"]) for name in types)
+        if self._adapter is not None and bound > bounds["float32"]:
+            bound *= 2  # merged, the weights of the export were rounded once more
         if not worst <= bound:
             raise CheckpointError(
                 f"{self.info['model']}: rewards differ by {worst:.3g} from those stored with the "

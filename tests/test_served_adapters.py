@@ -17,7 +17,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from served import Served, served
 from tiny import chatml_tokenizer, tiny_qwen2
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    set_seed,
+)
 
 from raywards import Scorer
 from raywards.config import ServeConfig
@@ -61,11 +67,11 @@ def made(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
 
 
 @torch.inference_mode()
-def of_peft(base: Path, adapter: Path) -> list[float]:
+def of_peft(base: Path, adapter: Path, **loading: Any) -> list[float]:
     """What a script gives that knows transformers and peft alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     inner = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=torch.float32
+        base, num_labels=1, **{"dtype": torch.float32, **loading}
     )
     model = PeftModel.from_pretrained(inner, adapter).eval()
     rewards = []
@@ -128,6 +134,49 @@ def test_each_scorer_has_its_rewards_and_the_base_its_bits(
         assert one.info["base_model"] == str(base)
     revisions = {one.info["revision"] for one in (scorer, *with_each.values())}
     assert len(revisions) == 4
+
+
+def test_over_a_bfloat16_base_the_head_stays_in_fp32(
+    base: Path, adapters: dict[str, Path], expected: dict[str, list[float]]
+) -> None:
+    plain = of_peft(base, adapters["kind"], dtype=torch.bfloat16)
+    rounding = max(abs(a - b) for a, b in zip(plain, expected["kind"], strict=True))
+    scorer = Scorer.from_pretrained(base, dtype="bfloat16")
+    before = scorer.score(MORE)
+    found = scorer.with_adapter(adapters["kind"]).score(MORE)
+    assert found == pytest.approx(expected["kind"], abs=2 * rounding)
+    assert all(reward * 2**12 % 1 for reward in found), "rounded to bfloat16"
+    held = load_file(adapters["kind"] / "adapter_model.safetensors")[HEAD]
+    heads = [p for n, p in scorer._model.inner.named_parameters() if n.startswith("score.modules")]
+    assert [torch.equal(head, held) for head in heads] == [True]
+    assert scorer.score(MORE) == before
+
+
+def test_an_encoder_takes_adapters_too(tmp_path: Path) -> None:
+    """It pads, and its head is two modules."""
+    tokenizer = chatml_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, num_labels=1, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    set_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    adapter = made(
+        tmp_path / "bert",
+        tmp_path / "adapter",
+        1,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier", "pooler"],
+    )
+    scorer = Scorer.from_pretrained(tmp_path / "bert")
+    before = scorer.score(MORE)
+    with_it = scorer.with_adapter(adapter)
+    plain = of_peft(tmp_path / "bert", adapter)
+    assert plain != pytest.approx(before, abs=0.05)
+    for _ in range(2):
+        assert with_it.score(MORE) == pytest.approx(plain, abs=BOUND)
+        assert scorer.score(MORE) == before
 
 
 def test_threads_get_their_own_adapters(
@@ -307,6 +356,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "another method": (in_config(peft_type="IA3"), "peft.LoraConfig"),
     "biases": (in_config(bias="all"), "merged export"),
     "an init that changes the base": (in_config(init_lora_weights="pissa"), "pissa"),
+    "cut weights": (in_config(kasa_config={"beta": 1e-4}), "kasa_config"),
     "NaN": (in_weights(lambda w: w[HEAD].fill_(float("nan"))), "not finite"),
     "a layer less": (in_weights(lambda w: w.pop(next(n for n in w if "lora_A" in n))), "lacks"),
     "another rank": (in_config(r=8), "does not fit"),
