@@ -320,7 +320,7 @@ def test_behind_haproxy_the_rewards_are_the_same(
     config: ServeConfig, rewards: dict[str, list[float]]
 ) -> None:
     settings = config.model_dump_json(include={"model", "max_batch_tokens", "num_cpus"})
-    port = free_port() + 1
+    port = free_port()
     ray_folder = tempfile.mkdtemp(prefix="rw")  # the path of a socket in it must be short
     given = settings[:-1] + f', "port": {port}}}'
     environment = {
