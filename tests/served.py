@@ -18,6 +18,9 @@ from raywards.scorer import Scorer
 from raywards.serve.http import create_app
 from raywards.serve.replica import RewardService, service_of
 
+# As Serve has it. uvicorn's own 5 are also httpx's, so that a request could meet the closing.
+_KEEP_ALIVE_S = 90
+
 
 class Served:
     """A running server, and the scorer that it asks."""
@@ -56,7 +59,13 @@ def served(
 
     port = free_port()
     server = uvicorn.Server(
-        uvicorn.Config(wrap(create_app(current)), port=port, log_level="warning", lifespan="on")
+        uvicorn.Config(
+            wrap(create_app(current)),
+            port=port,
+            log_level="warning",
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+        )
     )
     ready = threading.Event()
 

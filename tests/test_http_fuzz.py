@@ -92,11 +92,14 @@ class Control(threading.Thread):
 
     def run(self) -> None:
         with httpx.Client(base_url=self._alone.url, timeout=20) as client:
+            answered = time.monotonic()
             while not self._over.wait(0.01):
+                idle_s = time.monotonic() - answered
                 try:
                     self._ask(client)
                 except Exception as error:  # it would be lost with the thread
-                    self.wrong.append(repr(error))
+                    self.wrong.append(f"{error!r}, {idle_s:.2f} s after the last answer")
+                answered = time.monotonic()
 
     def _ask(self, client: httpx.Client) -> None:
         response = client.post("/v1/reward", json={"messages": TALK})
