@@ -308,8 +308,9 @@ class Play:
         if any(TOO_FEW in ids for ids in given):
             self.counts["wrong count"] += 1
             return rewards[:-1]
-        self.scored_batches += 1
-        self.scored_sequences += len(given)
+        if not all(ids[0] >= PROBE for ids in given):  # probes are no traffic
+            self.scored_batches += 1
+            self.scored_sequences += len(given)
         return rewards
 
     def _maybe_lack_memory(self, cost: int, count: int) -> None:

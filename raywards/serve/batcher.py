@@ -72,6 +72,20 @@ class Scored:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Forward:
+    """One that succeeded, of sequences that somebody waits for."""
+
+    sequences: int
+    """That were computed: equal ones count once."""
+    tokens: int
+    """Of these."""
+    longest: int
+    shared_tokens: int
+    """Of these tokens, those of a prefix that another sequence of the batch has, too."""
+    seconds: float
+
+
 @dataclass
 class BatcherStats:
     """Counters since the start, and what waits now."""
@@ -96,6 +110,7 @@ class Batcher:
     max_batch_sequences: unique sequences of one forward.
     max_queued_tokens: tokens that may wait; beyond, `submit` raises at once.
     cost: of a forward: `padded_cost`, or `packed_cost` where the scorer packs.
+    observe: is told of each forward, but for those of probes alone.
     """
 
     def __init__(
@@ -106,8 +121,10 @@ class Batcher:
         max_batch_sequences: int,
         max_queued_tokens: int,
         cost: Cost = padded_cost,
+        observe: Callable[[Forward], None] = lambda forward: None,
     ) -> None:
         self.stats = BatcherStats()
+        self._observe = observe
         self._score = score
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_sequences = max_batch_sequences
@@ -167,9 +184,7 @@ class Batcher:
         deadline: float | None = None,
     ) -> Scored:
         """`submit`, with where the time went."""
-        together = _Submission(sequences, prefixes, deadline)
-        async with aclosing(self._submit([together], deadline)) as outcomes:
-            return _given(await anext(outcomes))
+        return await self._outcome(_Submission(sequences, prefixes, deadline))
 
     async def submit_each(
         self,
@@ -186,7 +201,7 @@ class Batcher:
             _Submission([ids], [prefix], deadline)
             for ids, prefix in zip(sequences, prefixes or [0] * len(sequences), strict=True)
         ]
-        async with aclosing(self._submit(singly, deadline)) as outcomes:
+        async with aclosing(self._outcomes(singly, deadline)) as outcomes:
             async for outcome in outcomes:
                 yield outcome
 
@@ -194,9 +209,7 @@ class Batcher:
         """Score one sequence ahead of the queue, to see that scores still come out."""
         if not self.healthy:
             raise ServiceError("the batcher of this replica is not running", status=500)
-        canary = _Submission([ids], None, deadline)
-        async with aclosing(self._submit([canary], deadline, at_front=True)) as outcomes:
-            _given(await anext(outcomes))
+        await self._outcome(_Submission([ids], None, deadline, is_probe=True))
 
     def retry_after_s(self) -> float:
         """When there should be room again: the backlog at the measured speed, 1 to 60 seconds."""
@@ -214,21 +227,26 @@ class Batcher:
 
     # ---- admission
 
-    async def _submit(
-        self,
-        submissions: Sequence[_Submission],
-        deadline: float | None,
-        *,
-        at_front: bool = False,
+    async def _outcome(self, submission: _Submission) -> Scored:
+        """Queue it and wait: what one request costs most of the time."""
+        self._enqueue([submission])
+        try:
+            async with asyncio.timeout(submission.remaining_s()):
+                await submission.done
+        except TimeoutError:
+            raise _too_late() from None
+        finally:
+            self._leave([submission])
+        scored = submission.outcome()
+        if isinstance(scored, Exception):
+            raise scored
+        return scored
+
+    async def _outcomes(
+        self, submissions: Sequence[_Submission], deadline: float | None
     ) -> AsyncGenerator[tuple[int, Scored | Exception], None]:
-        """Queue each submission, which succeeds or fails as a unit; all are admitted, or none."""
-        if not at_front:
-            self._admit([entry.length for each in submissions for entry in each.entries])
-        for submission in submissions:
-            self._waiting.add(submission)
-            (self._queue.extendleft if at_front else self._queue.extend)(submission.entries)
-            self._count(submission.entries, +1)
-        self._work.set()
+        """Queue each, and tell of each when it is done; all are admitted, or none."""
+        self._enqueue(submissions)
         left = {submission.done: index for index, submission in enumerate(submissions)}
         try:
             while left:
@@ -242,9 +260,24 @@ class Batcher:
                     submissions[index].fail(_too_late())  # unless it is done
                     yield index, submissions[index].outcome()
         finally:
-            for submission in submissions:
-                self._waiting.discard(submission)
-                self._void(submission)
+            self._leave(submissions)
+
+    def _enqueue(self, submissions: Sequence[_Submission]) -> None:
+        """All are admitted, or none. A probe goes to the front, and is never refused."""
+        if not any(submission.is_probe for submission in submissions):
+            self._admit([entry.length for each in submissions for entry in each.entries])
+        for submission in submissions:
+            self._waiting.add(submission)
+            at_front = submission.is_probe
+            (self._queue.extendleft if at_front else self._queue.extend)(submission.entries)
+            self._count(submission.entries, +1)
+        self._work.set()
+
+    def _leave(self, submissions: Sequence[_Submission]) -> None:
+        """Nobody waits for them any more."""
+        for submission in submissions:
+            self._waiting.discard(submission)
+            self._void(submission)
 
     def _admit(self, lengths: Sequence[int]) -> None:
         tokens, count = sum(lengths), len(lengths)
@@ -273,13 +306,13 @@ class Batcher:
             )
 
     def _void(self, submission: _Submission) -> None:
-        """Nobody waits for it any more: what it still has in the queue will not be computed."""
+        """What it still has in the queue will not be computed."""
         submission.done.cancel()
         void = [entry for entry in submission.entries if entry.queued]
         self._count(void, -1)
         self.stats.dropped_sequences += len(void)
         for entry in void:
-            entry.queued = False
+            entry.void()
 
     def _count(self, entries: Iterable[_Entry], sign: int) -> None:
         for entry in entries:
@@ -433,8 +466,9 @@ class Batcher:
 
     async def _forward(self, entries: list[_Entry]) -> tuple[dict[bytes, float], float]:
         """Rewards by sequence, and the seconds it took. Equal sequences are computed once."""
-        unique = {entry.key: list(entry.ids) for entry in entries}
-        tokens = self.computing_tokens = sum(map(len, unique.values()))
+        once = {entry.key: entry for entry in entries}
+        unique = {key: list(entry.ids) for key, entry in once.items()}
+        self.computing_tokens = sum(map(len, unique.values()))
         loop = asyncio.get_running_loop()
         started = self._forward_started = time.monotonic()
         try:
@@ -445,12 +479,26 @@ class Batcher:
         seconds = time.monotonic() - started
         if len(rewards) != len(unique):
             raise RuntimeError(f"{len(rewards)} rewards for {len(unique)} sequences")
+        if not all(entry.submission.is_probe for entry in entries):
+            self._tell(list(once.values()), len(entries), seconds)
+        return dict(zip(unique, rewards, strict=True)), seconds
+
+    def _tell(self, computed: list[_Entry], answered: int, seconds: float) -> None:
+        prefixes = {entry.prefix: entry.prefix_length for entry in computed}
+        tokens = sum(entry.length for entry in computed)
+        forward = Forward(
+            sequences=len(computed),
+            tokens=tokens,
+            longest=max(entry.length for entry in computed),
+            shared_tokens=sum(e.prefix_length for e in computed) - sum(prefixes.values()),
+            seconds=seconds,
+        )
         self._measure(tokens, seconds)
         self.stats.batches += 1
-        self.stats.sequences += len(entries)
-        self.stats.computed_sequences += len(unique)
+        self.stats.sequences += answered
+        self.stats.computed_sequences += len(computed)
         self.stats.tokens += tokens
-        return dict(zip(unique, rewards, strict=True)), seconds
+        self._observe(forward)
 
     def _scores(self, sequences: list[list[int]]) -> list[float]:
         """Called in the thread. No future can hold a StopIteration: its waiter would hang."""
@@ -488,8 +536,11 @@ class _Submission:
         sequences: Sequence[Sequence[int]],
         prefixes: Sequence[int] | None,
         deadline: float | None,
+        *,
+        is_probe: bool = False,
     ) -> None:
         shared = prefixes or [0] * len(sequences)
+        self.is_probe = is_probe
         self.entries = [
             _Entry(ids, i, self, prefix)
             for i, (ids, prefix) in enumerate(zip(sequences, shared, strict=True))
@@ -508,6 +559,9 @@ class _Submission:
 
     def late(self, now: float) -> bool:
         return self._deadline is not None and now >= self._deadline
+
+    def remaining_s(self) -> float | None:
+        return None if self._deadline is None else self._deadline - time.monotonic()
 
     def started(self, now: float) -> None:
         self._started = now if self._started is None else self._started
@@ -553,6 +607,11 @@ class _Entry:
         self.length = len(ids)
         self.key = ids.tobytes()
         self.prefix = ids[: self.prefix_length].tobytes()
+
+    def void(self) -> None:
+        """It stays in the queue until the owner task comes by, without its ids."""
+        self.queued = False
+        self.ids, self.key, self.prefix = (), b"", b""
 
 
 @dataclass
@@ -615,13 +674,6 @@ class _Filling:
     def _is_worth_it(self, entry: _Entry) -> bool:
         extra = self._with(entry) - self.costs()
         return extra <= _MOST_WASTE * self.cost(1, entry.length, entry.length) + _WASTE_TOKENS
-
-
-def _given(outcome: tuple[int, Scored | Exception]) -> Scored:
-    _, scored = outcome
-    if isinstance(scored, Exception):
-        raise scored
-    return scored
 
 
 def raised_at(error: BaseException) -> str:
