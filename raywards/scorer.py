@@ -102,6 +102,7 @@ class Scorer:
         )
         self._control_ids = _control_ids(rendering.tokenizer)
         self.vocab_size: int = self._config.vocab_size
+        self._text_may_leave_vocabulary = rendering.vocab_size > self.vocab_size
         self.max_length = _max_length(self._config, rendering.tokenizer, max_length, exact)
         self.info = self._describe(source, weights)
 
@@ -233,7 +234,7 @@ class Scorer:
                 sequences.append(self.encode(conversation))
             except ConversationError as error:
                 raise ConversationError(f"conversations[{index}]: {error}", **vars(error)) from None
-        return self.score_ids(sequences)
+        return self.score_encoded(sequences)
 
     def score_responses(
         self, prompt: Conversation, responses: Sequence[Conversation]
@@ -245,7 +246,8 @@ class Scorer:
                 "score_responses(prompt, [response])[0].",
                 reason="not_a_list",
             )
-        return self.score_ids([self.encode_response(prompt, response) for response in responses])
+        encoded = [self.encode_response(prompt, response) for response in responses]
+        return self.score_encoded(encoded)
 
     def encode(
         self,
@@ -264,7 +266,7 @@ class Scorer:
             ids = self._rendering.encode_conversation(
                 conversation, chat_template_kwargs=chat_template_kwargs
             )
-        return self.check_ids(ids, truncation=truncation)
+        return self._of_text(ids, truncation)
 
     def encode_response(
         self,
@@ -306,7 +308,7 @@ class Scorer:
         With `special_tokens`, the tokenizer adds its own, as `Rendering.encode_rendered` says.
         """
         ids = self._rendering.encode_rendered(text, special_tokens=special_tokens)
-        return self.check_ids(ids, truncation=truncation)
+        return self._of_text(ids, truncation)
 
     def check_ids(self, ids: Sequence[int], *, truncation: Truncation = "error") -> list[int]:
         """`ids` as they will be scored: in the vocabulary, and no longer than `max_length`."""
@@ -322,15 +324,7 @@ class Scorer:
                         f"{self.vocab_size - 1}.",
                         reason="not_in_vocabulary",
                     )
-        if len(checked) > self.max_length:
-            if truncation == "error":
-                raise ConversationError(
-                    f"{len(checked)} tokens are more than max_length={self.max_length}; shorten "
-                    "it, or ask for truncation 'left' or 'right'.",
-                    reason="too_long",
-                )
-            checked = truncate(checked, self.max_length, truncation)
-        return checked
+        return self._fit(checked, truncation)
 
     def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         """The reward of each sequence of token ids, in order.
@@ -338,7 +332,12 @@ class Scorer:
         Raises `ConversationError` where `check_ids` would, and `NonFiniteError` naming the first
         sequence whose reward is NaN or infinite.
         """
-        return self._forward([self.check_ids(ids) for ids in sequences])
+        return self.score_encoded([self.check_ids(ids) for ids in sequences])
+
+    def score_encoded(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """`score_ids` of what `encode`, `encode_response`, `encode_rendered` or `check_ids` of this
+        scorer gave: nothing is looked at again."""
+        return self._forward(sequences)
 
     def split(self, ids: Sequence[int]) -> int:
         """How many of the first ids are shared with other answers to the same conversation, so far
@@ -408,6 +407,24 @@ class Scorer:
                 f"export, and {bound:.3g} is allowed in {self.info['dtype']}. The "
                 "weights, or the software that runs them, are not what was exported."
             )
+
+    def _of_text(self, ids: list[int], truncation: Truncation) -> list[int]:
+        """`check_ids` of what the tokenizer gave, which looks at each where that can find one."""
+        if self._text_may_leave_vocabulary:
+            return self.check_ids(ids, truncation=truncation)
+        return self._fit(ids, truncation)
+
+    def _fit(self, ids: list[int], truncation: Truncation) -> list[int]:
+        """No longer than `max_length`; raises `ConversationError` where they may not be cut."""
+        if len(ids) <= self.max_length:
+            return ids
+        if truncation == "error":
+            raise ConversationError(
+                f"{len(ids)} tokens are more than max_length={self.max_length}; shorten it, or ask "
+                "for truncation 'left' or 'right'.",
+                reason="too_long",
+            )
+        return truncate(ids, self.max_length, truncation)
 
     @torch.inference_mode()
     def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:

@@ -112,7 +112,7 @@ class FakeScorer:
     def fit_memory(self) -> int:
         return 1000
 
-    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def score_encoded(self, sequences: Sequence[Sequence[int]]) -> list[float]:
         self.entered.set()
         assert self.gate.wait(20)
         self.computed += len(sequences)
@@ -733,7 +733,7 @@ def test_no_text_of_a_request_reaches_the_log(
     assert "PRIVATE-TEXT" not in caplog.text
 
 
-@pytest.mark.parametrize("fails", ["score_ids", "encode_rendered"])
+@pytest.mark.parametrize("fails", ["score_encoded", "encode_rendered"])
 def test_no_text_of_an_exception_reaches_log_or_caller(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
@@ -745,7 +745,7 @@ def test_no_text_of_an_exception_reaches_log_or_caller(
 
     with Served() as server, caplog.at_level("INFO", logger="raywards"):
         monkeypatch.setattr(server.scorer, fails, fail)
-        if fails == "score_ids":
+        if fails == "score_encoded":
             server.service._batcher._score = fail
         response = server.post({"input": "PRIVATE-TEXT"})
     assert response.status_code == 500

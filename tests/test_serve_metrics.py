@@ -30,6 +30,7 @@ class Written:
     def __init__(self) -> None:
         self.values: dict[str, list[tuple[float, dict[str, str]]]] = defaultdict(list)
         self.kinds: dict[str, Kind] = {}
+        self.metrics = Metrics("rm", self.make)
 
     def make(self, name: str, kind: Kind) -> Write:
         self.kinds[name] = kind
@@ -41,6 +42,7 @@ class Written:
         return write
 
     def total(self, metric: Metric, **labels: str) -> float:
+        self.metrics.flush()
         rows = self.values[f"raywards_{metric.name}"]
         return sum(value for value, given in rows if labels.items() <= given.items())
 
@@ -57,7 +59,7 @@ def rm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 @pytest.fixture
 def written(rm: Served) -> Iterator[Written]:
     found, before = Written(), rm.service.metrics
-    rm.service.metrics = Metrics("rm", found.make)
+    rm.service.metrics = found.metrics
     yield found
     rm.service.metrics = before
 

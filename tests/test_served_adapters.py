@@ -316,7 +316,7 @@ def test_a_full_or_broken_adapter_disturbs_no_other(
             raise RuntimeError("broken")
 
         adapted: Any = server.service.adapters["kind"]._scorer
-        adapted.score_ids = fails
+        adapted.score_encoded = fails
         for _ in range(3):
             status, _ = server.refused("/v1/reward", {"messages": MORE, "model": "kind"})
             assert status == 500

@@ -7,12 +7,21 @@ that says; what it means is the dialects' and the core's.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -124,7 +133,9 @@ def _add_path(
                 query=dict(request.query_params),
             )
             if route.lines is not None and _NDJSON in request.headers.get("accept", ""):
-                response = await _stream(route.lines(call, service))
+                lines = route.lines(call, service)
+                gone = functools.partial(service.metrics.put, Metric.cancelled_total)
+                response = await _unless_gone(request, _stream(lines, gone))
             else:
                 reply = await _unless_gone(request, route.answer(call, service))
                 response = _json(200, reply.body, reply.headers)
@@ -142,14 +153,22 @@ def _add_path(
             response.headers["x-request-id"] = request_id
         return response
 
-    app.add_api_route(
+    app.router.add_api_route(
         path,
         endpoint,
         methods=["POST"],
         response_model=None,
         name=sharing[-1].answer.__name__,
+        route_class_override=_Scoring,
         **described(sharing),
     )
+
+
+class _Scoring(APIRoute):
+    """Its endpoint takes the request as it is: there is nothing for FastAPI to look into."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 def _add_probes(app: FastAPI, current: Callable[[], RewardService]) -> None:
@@ -261,14 +280,25 @@ def _json(status: int, body: object, headers: Mapping[str, str] | None = None) -
     )
 
 
-async def _stream(lines: AsyncIterator[dict[str, Any]]) -> Response:
-    """A line as soon as it is known. What goes wrong before the first one is raised here."""
+async def _stream(
+    lines: AsyncGenerator[dict[str, Any], None], gone: Callable[[], None]
+) -> Response:
+    """A line as soon as it is known. What goes wrong before the first one is raised here.
+
+    `gone` is called if the caller leaves after it.
+    """
     first = await anext(lines)
 
     async def written() -> AsyncIterator[str]:
-        yield _line(first)
-        async for line in lines:
-            yield _line(line)
+        try:
+            yield _line(first)
+            async for line in lines:
+                yield _line(line)
+        except (asyncio.CancelledError, GeneratorExit):
+            gone()
+            raise
+        finally:
+            await lines.aclose()
 
     return StreamingResponse(written(), media_type=_NDJSON)
 

@@ -80,26 +80,39 @@ def _nowhere(name: str, kind: Kind) -> Write:
 class Metrics:
     """The metrics of one model. `make` is called once for each.
 
-    Threads may share it. A value takes some microseconds: it is written at once.
+    Belongs to one thread. Writing takes some microseconds, so what is counted is added up here, and
+    written by `flush`.
     """
 
     def __init__(self, model: str, make: Make = _nowhere) -> None:
         self._model = {"model": model}
         self._write = {metric: make(f"raywards_{metric.name}", metric.value) for metric in Metric}
+        self._counted: dict[tuple[Metric, frozenset[tuple[str, str]]], float] = {}
 
     def of(self, model: str) -> Metrics:
         """The same metrics, of another model of this replica."""
         other = copy.copy(self)
         other._model = {"model": model}
+        other._counted = {}
         return other
 
     def put(self, metric: Metric, value: float = 1.0, **labels: str) -> None:
         """Add `value` to a counter, set a gauge to it, or enter it into a histogram."""
-        self._write[metric](value, {**self._model, **labels})
+        if metric.value.type != "Counter":
+            self._write[metric](value, {**self._model, **labels})
+        elif value:
+            key = (metric, frozenset(labels.items()))
+            self._counted[key] = self._counted.get(key, 0.0) + value
 
     def put_reward(self, reward: float) -> None:
         """Count a reward where it belongs."""
         self.put(Metric.rewards_total, le=_REWARD_LABELS[bisect_left(_REWARDS, reward)])
+
+    def flush(self) -> None:
+        """Write what has been counted since the last time."""
+        counted, self._counted = self._counted, {}
+        for (metric, labels), value in counted.items():
+            self._write[metric](value, {**self._model, **dict(labels)})
 
 
 def make_for_ray(name: str, kind: Kind) -> Write:
@@ -112,8 +125,7 @@ def make_for_ray(name: str, kind: Kind) -> Write:
     }
     if kind.type == "Counter":
         counter = metrics.Counter(name, **options)
-        # Ray refuses to add nothing.
-        return lambda value, labels: counter.inc(value, dict(labels)) if value else None
+        return lambda value, labels: counter.inc(value, dict(labels))
     elif kind.type == "Gauge":
         gauge = metrics.Gauge(name, **options)
         return lambda value, labels: gauge.set(value, dict(labels))

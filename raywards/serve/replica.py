@@ -15,10 +15,10 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from opentelemetry import trace
@@ -26,17 +26,16 @@ from opentelemetry import trace
 from raywards.config import HUGE_PAGES, ServeConfig
 from raywards.errors import (
     DeadlineError,
-    NonFiniteError,
     OverloadedError,
     RequestRefusedError,
     ServiceError,
 )
-from raywards.serve.batcher import Batcher, Scored, packed_cost, padded_cost
+from raywards.serve.batcher import Batcher, Forward, Scored, packed_cost, padded_cost
 from raywards.serve.dialects import Core, ScoredItem, ScoringRequest, ScoringResult
 from raywards.serve.keys import Keys
 from raywards.serve.metrics import Metric, Metrics
 from raywards.serve.recent import Recent
-from raywards.serve.tokenizing import Encoded, Tokenizer, TokenizerLike, guessed_tokens
+from raywards.serve.tokenizing import Encoded, Tokenizer, TokenizerLike
 from raywards.serve.traffic import Traffic
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class ScorerLike(TokenizerLike, Protocol):
 
     def free_memory(self) -> None: ...
 
-    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
+    def score_encoded(self, sequences: Sequence[Sequence[int]]) -> list[float]: ...
 
 
 class RewardService:
@@ -94,6 +93,7 @@ class RewardService:
             max_batch_sequences=config.max_batch_sequences,
             max_queued_tokens=config.max_queued_tokens,
             cost=packed_cost if scorer.packs else padded_cost,
+            observe=self._measure,
         )
         self._tokenizer = Tokenizer(scorer)
         self.traffic = Traffic()
@@ -116,6 +116,7 @@ class RewardService:
         self._tokenizer.close()
         if self._watching is not None:
             self._watching.cancel()
+        self.metrics.flush()
 
     @property
     def healthy(self) -> bool:
@@ -173,54 +174,172 @@ class RewardService:
             "uptime_s": int(time.time()) - self.started_at,
             **asdict(self._batcher.stats),
             "rewards": self._recent.describe(),
+            "adapters": {name: asdict(one._batcher.stats) for name, one in self.adapters.items()},
         }
 
     async def score(self, request: ScoringRequest) -> ScoringResult:
         """The core. Raises `ServiceError`: refused, overloaded, too late, or failed."""
         other = self._other(request.model)
-        if other is not None:
-            return await other.score(request)
-        return await self._score(request, self.traffic)
+        if other is None:
+            return await self._score(request, self.traffic)
+        deadline = self._deadline(request)
+        async with _until(deadline):
+            return await other.score(_due(request, deadline))
 
     def _other(self, asked: str | None) -> Core | None:
         """Who answers for another name than this model's own."""
-        adapter = self.adapters.get((asked or "").partition("@")[0])
-        return adapter or self.traffic.others.get(asked or "")
+        name = (asked or "").partition("@")[0]
+        return self.adapters.get(name) or self.traffic.others.get(name)
 
     async def score_here(self, request: ScoringRequest) -> ScoringResult:
         """The same, with this replica's own model in any case."""
         return await self._score(request, Traffic())
 
     async def _score(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
-        with _TRACER.start_as_current_span("raywards.score"):
-            return await self._score_traced(request, traffic)
+        with _TRACER.start_as_current_span("raywards.score") as span:
+            deadline = self._deadline(request)
+            encoded, tokenize_s = await self._encode(request, deadline)
+            canarys = await self._of_canary(encoded, request, traffic, deadline)
+            own = _own(encoded, canarys)
+            if request.fails_as_a_whole:
+                outcomes = await self._together(encoded, own, deadline)
+            else:
+                outcomes = [one async for one in self._each(encoded, own, deadline)]
+            result = self._result(encoded, outcomes, canarys, tokenize_s)
+            self._tell(result, span)
+            return result
 
-    async def _score_traced(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
-        started = time.monotonic()
+    async def stream(self, request: ScoringRequest) -> AsyncGenerator[tuple[int, ScoredItem], None]:
+        """Each item with its position, as soon as it is scored or has failed.
+
+        Raises `ServiceError` before the first, where the request as a whole is refused.
+        """
         deadline = self._deadline(request)
-        self._check(request)
-        encoded = await self._tokenizer.encode(request, deadline)
-        tokenize_s = time.monotonic() - started
-        good = [one for one in encoded if isinstance(one, Encoded)]
-        if good and self._is_canarys(good[0], request, traffic):
-            answer = await self._of_canary(request, traffic)
-            if answer is not None:
-                return answer
-        rewards: list[float] | list[float | ServiceError]
-        if request.fails_as_a_whole:
-            scored = await self._batcher.submit_timed(**_submitted(good, deadline))
-            rewards, timed = scored.rewards, [scored]
+        other = self._other(request.model)
+        if other is None:
+            scored = self._stream(request, deadline)
         else:
-            each = self._batcher.submit_each(**_submitted(good, deadline))
-            found = {position: outcome async for position, outcome in each}
-            outcomes = [found[position] for position in range(len(good))]
-            rewards = [_reward_of(outcome) for outcome in outcomes]
-            timed = [outcome for outcome in outcomes if isinstance(outcome, Scored)]
+            scored = other.stream(_due(request, deadline))
+        async with aclosing(scored):
+            while True:
+                async with _until(deadline):
+                    item = await anext(scored, None)
+                if item is None:
+                    return
+                yield item
+
+    async def _stream(
+        self, request: ScoringRequest, deadline: float
+    ) -> AsyncGenerator[tuple[int, ScoredItem], None]:
+        # Not the current one: who takes the items may do so in several tasks.
+        span = _TRACER.start_span("raywards.score")
+        try:
+            request = replace(request, fails_as_a_whole=False)
+            encoded, tokenize_s = await self._encode(request, deadline)
+            canarys = await self._of_canary(encoded, request, self.traffic, deadline)
+            own = _own(encoded, canarys)
+            outcomes: list[tuple[int, Scored | Exception]] = []
+            async with aclosing(self._each(encoded, own, deadline)) as each:
+                first = await anext(each, None)  # refused here, or not at all
+                known = self._result(encoded, [], canarys, tokenize_s)
+                for position, item in enumerate(known.items):
+                    if position not in own:
+                        yield position, item
+                while first is not None:
+                    outcomes.append(first)
+                    position, outcome = first
+                    yield position, _scored_item(encoded[position], outcome)
+                    first = await anext(each, None)
+            self._tell(self._result(encoded, outcomes, canarys, tokenize_s), span)
+        finally:
+            span.end()
+
+    async def _encode(
+        self, request: ScoringRequest, deadline: float
+    ) -> tuple[list[Encoded | RequestRefusedError], float]:
+        """Every item as token ids, or why it cannot be scored; and the seconds that it took."""
+        started = time.monotonic()
+        guess = self._tokenizer.guess(request)
+        self._check(request, guess)
+        encoded = await self._tokenizer.encode(request, deadline, guess)
+        return encoded, time.monotonic() - started
+
+    async def _together(
+        self, encoded: Sequence[Encoded | RequestRefusedError], own: Sequence[int], deadline: float
+    ) -> list[tuple[int, Scored | Exception]]:
+        submitted = _submitted([encoded[i] for i in own], deadline)
+        try:
+            scored = await self._batcher.submit_timed(**submitted)
+        except ServiceError as error:
+            self._count_if_not_finite(error)
+            raise
+        rewards = zip(own, scored.rewards, strict=True)
+        return [(i, replace(scored, rewards=[reward])) for i, reward in rewards]
+
+    async def _each(
+        self, encoded: Sequence[Encoded | RequestRefusedError], own: Sequence[int], deadline: float
+    ) -> AsyncGenerator[tuple[int, Scored | Exception], None]:
+        submitted = _submitted([encoded[i] for i in own], deadline)
+        async with aclosing(self._batcher.submit_each(**submitted)) as outcomes:
+            async for position, outcome in outcomes:
+                yield own[position], outcome
+
+    async def _of_canary(
+        self,
+        encoded: Sequence[Encoded | RequestRefusedError],
+        request: ScoringRequest,
+        traffic: Traffic,
+        deadline: float,
+    ) -> _Canarys | None:
+        """The canary's answer to those items whose prompts are its own; who names a revision gets
+        that. None where there is no such item, or no answer: the own model is there to give one.
+        """
+        if traffic.canary is None or (request.model is not None and "@" in request.model):
+            return None
+        places = [
+            i
+            for i, one in enumerate(encoded)
+            if isinstance(one, Encoded) and traffic.diverts(one.ids[: one.prefix] or one.ids)
+        ]
+        if not places:
+            return None
+        # Half of the time, so that the other half is left for the own model.
+        until = (time.monotonic() + deadline) / 2
+        asked = replace(request, model=None, items=[request.items[i] for i in places])
+        try:
+            async with _until(until):
+                result = await traffic.canary.score(_due(asked, until))
+        except RequestRefusedError:
+            raise
+        except ServiceError as error:
+            logger.warning("the canary failed, and its request is scored here: %s", error)
+            self.metrics.put(Metric.canary_total, outcome="fallback")
+            return None
+        self.metrics.put(Metric.canary_total, outcome="answered")
+        return _Canarys(result, dict(zip(places, result.items, strict=True)))
+
+    def _result(
+        self,
+        encoded: Sequence[Encoded | RequestRefusedError],
+        outcomes: Sequence[tuple[int, Scored | Exception]],
+        canarys: _Canarys | None,
+        tokenize_s: float,
+    ) -> ScoringResult:
+        """Of what is known so far."""
+        items = [ScoredItem(None, None, error=_error_of(one)) for one in encoded]
+        for position, outcome in outcomes:
+            items[position] = _scored_item(encoded[position], outcome)
+        for position, item in (canarys.items if canarys else {}).items():
+            items[position] = item
+        if canarys and not outcomes:
+            return replace(canarys.result, items=items, tokenize_s=tokenize_s)
         about = self._scorer.info
-        result = ScoringResult(
-            items=_scored_items(encoded, rewards),
+        timed = [outcome for _, outcome in outcomes if isinstance(outcome, Scored)]
+        revision = about.get("revision")
+        return ScoringResult(
+            items=items,
             model=self.config.name,
-            revision=about.get("revision"),
+            revision=f"{revision}, {canarys.result.revision}" if canarys else revision,
             queue_s=max((outcome.queue_s for outcome in timed), default=0.0),
             tokenize_s=tokenize_s,
             forward_s=max((outcome.forward_s for outcome in timed), default=0.0),
@@ -229,62 +348,6 @@ class RewardService:
             is_regression=about["problem_type"] == "regression",
             device=about["device"],
         )
-        self._tell(result)
-        return result
-
-    async def stream(self, request: ScoringRequest) -> AsyncGenerator[tuple[int, ScoredItem], None]:
-        """Each item with its position, as soon as it is scored or has failed.
-
-        Raises `ServiceError` before the first, where the request as a whole is refused.
-        """
-        other = self._other(request.model)
-        if other is not None:
-            async for scored in other.stream(request):
-                yield scored
-            return
-        deadline = self._deadline(request)
-        self._check(request)
-        request = replace(request, fails_as_a_whole=False)
-        encoded = await self._tokenizer.encode(request, deadline)
-        good = [(i, one) for i, one in enumerate(encoded) if isinstance(one, Encoded)]
-        if good and self._is_canarys(good[0][1], request, self.traffic):
-            answer = await self._of_canary(request, self.traffic)
-            if answer is not None:
-                for position, item in enumerate(answer.items):
-                    yield position, item
-                return
-        outcomes = self._batcher.submit_each(**_submitted([one for _, one in good], deadline))
-        async with aclosing(outcomes):
-            first = await anext(outcomes, None)  # refused here, or not at all
-            for index, one in enumerate(encoded):
-                if not isinstance(one, Encoded):
-                    yield index, ScoredItem(None, None, error=one)
-            while first is not None:
-                position, outcome = first
-                index, one = good[position]
-                item = _scored_item(one, _reward_of(outcome))
-                self._count(item)
-                yield index, item
-                first = await anext(outcomes, None)
-
-    def _is_canarys(self, first: Encoded, request: ScoringRequest, traffic: Traffic) -> bool:
-        """Who names a revision gets it. Else the prompt decides, that of the first sequence."""
-        pinned = request.model is not None and "@" in request.model
-        return not pinned and traffic.diverts(first.ids[: first.prefix] or first.ids)
-
-    async def _of_canary(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult | None:
-        """The canary's answer; None where it has none, since the own model is there to answer."""
-        assert traffic.canary is not None
-        try:
-            result = await traffic.canary.score(replace(request, model=None))
-        except RequestRefusedError:
-            raise
-        except ServiceError as error:
-            logger.warning("the canary failed, and its request is scored here: %s", error)
-            self.metrics.put(Metric.canary_total, outcome="fallback")
-            return None
-        self.metrics.put(Metric.canary_total, outcome="answered")
-        return result
 
     def _deadline(self, request: ScoringRequest) -> float:
         limit = self.config.request_timeout_s
@@ -292,14 +355,8 @@ class RewardService:
 
     def _forward(self, sequences: list[list[int]]) -> list[float]:
         """Called in the batcher's thread."""
-        started = time.monotonic()
         try:
-            rewards = self._scorer.score_ids(sequences)
-            self._measure(sequences, time.monotonic() - started)
-            return rewards
-        except NonFiniteError:
-            self.metrics.put(Metric.nonfinite_total)
-            raise
+            return self._scorer.score_encoded(sequences)
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # of torch, which this module lacks
                 raise
@@ -309,28 +366,26 @@ class RewardService:
 
     # ---- metrics
 
-    def _measure(self, sequences: Sequence[Sequence[int]], seconds: float) -> None:
-        """Of one forward: its time, and the tokens that it took and was spared."""
-        real = sum(map(len, sequences))
+    def _measure(self, forward: Forward) -> None:
+        """Its time, and the tokens that it took and was spared."""
         padded = cached = 0
         if self._scorer.packs:
-            prefixes = [tuple(ids[: self._scorer.split(ids)]) for ids in sequences]
-            cached = sum(map(len, prefixes)) - sum(map(len, set(prefixes)))
+            cached = forward.shared_tokens
         else:
-            padded = len(sequences) * max(map(len, sequences)) - real
+            padded = forward.sequences * forward.longest - forward.tokens
         put = self.metrics.put
-        put(Metric.forward_seconds, seconds)
-        put(Metric.batch_items, len(sequences))
-        put(Metric.batch_tokens, real)
-        put(Metric.padding_ratio, 1 + padded / real)
-        for kind, tokens in (("real", real), ("cached", cached), ("padded", padded)):
+        put(Metric.forward_seconds, forward.seconds)
+        put(Metric.batch_items, forward.sequences)
+        put(Metric.batch_tokens, forward.tokens)
+        put(Metric.padding_ratio, 1 + padded / forward.tokens)
+        for kind, tokens in (("real", forward.tokens), ("cached", cached), ("padded", padded)):
             put(Metric.tokens_total, tokens, kind=kind)
 
-    def _tell(self, result: ScoringResult) -> None:
+    def _tell(self, result: ScoringResult, span: trace.Span) -> None:
         """Of one request: what its answer says."""
         about = _in_numbers(result)
         log_event(logging.INFO, "scored", **about)
-        trace.get_current_span().set_attributes({f"raywards.{k}": v for k, v in about.items()})
+        span.set_attributes({f"raywards.{k}": v for k, v in about.items()})
         self.metrics.put(Metric.tokenize_seconds, result.tokenize_s)
         if result.batch_size:
             self.metrics.put(Metric.queue_seconds, result.queue_s)
@@ -341,9 +396,15 @@ class RewardService:
         failed = item.error is not None
         self.metrics.put(Metric.items_total, outcome="failed" if failed else "scored")
         self.metrics.put(Metric.truncated_total, item.truncated)
+        if item.error is not None:
+            self._count_if_not_finite(item.error)
         if item.reward is not None:
             self._recent.add(item.reward)
             self.metrics.put_reward(item.reward)
+
+    def _count_if_not_finite(self, error: ServiceError) -> None:
+        if error.__dict__.get("code") == "non_finite_reward":
+            self.metrics.put(Metric.nonfinite_total)
 
     async def _watch(self) -> None:
         """Write what is a state, not an event, every second."""
@@ -358,9 +419,10 @@ class RewardService:
             self.metrics.put(Metric.queue_items, stats.queued_sequences)
             self.metrics.put(Metric.queue_tokens, stats.queued_tokens)
             self.metrics.put(Metric.model_info, 1, **labels)
+            self.metrics.flush()
             await asyncio.sleep(_WATCH_S)
 
-    def _check(self, request: ScoringRequest) -> None:
+    def _check(self, request: ScoringRequest, guess: int) -> None:
         """What can be refused without looking at a token."""
         if self._closed:
             raise OverloadedError(
@@ -383,12 +445,12 @@ class RewardService:
                 field=request.max_length_field,
                 code="invalid_value",
             )
-        self._admit(request)
+        self._admit(guess)
 
-    def _admit(self, request: ScoringRequest) -> None:
+    def _admit(self, guess: int) -> None:
         """By a guess of its tokens; the batcher decides by their count."""
         load, most = self._waiting_tokens, self.config.max_queued_tokens
-        if 0 < load > most - guessed_tokens(request):
+        if 0 < load > most - guess:
             raise OverloadedError(
                 f"the queue is full: about {load} tokens wait and {most} may; try again after the "
                 "time in Retry-After",
@@ -473,37 +535,52 @@ def _in_numbers(result: ScoringResult) -> dict[str, float]:
     }
 
 
-def _submitted(encoded: Sequence[Encoded], deadline: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Canarys:
+    """What the canary answered, and its items by their places in the request."""
+
+    result: ScoringResult
+    items: Mapping[int, ScoredItem]
+
+
+@asynccontextmanager
+async def _until(deadline: float) -> AsyncIterator[None]:
+    """For those who keep no deadline: another application may have no replica to take it."""
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            yield
+    except TimeoutError:
+        message = "the deadline passed before the reward was there; allow more time"
+        raise DeadlineError(message, status=504) from None
+
+
+def _due(request: ScoringRequest, deadline: float) -> ScoringRequest:
+    return replace(request, timeout_s=max(deadline - time.monotonic(), 1e-3))
+
+
+def _own(encoded: Sequence[Encoded | RequestRefusedError], canarys: _Canarys | None) -> list[int]:
+    """Places of the items that this model scores."""
+    others = canarys.items if canarys else {}
+    return [i for i, one in enumerate(encoded) if isinstance(one, Encoded) and i not in others]
+
+
+def _submitted(encoded: Sequence[Encoded | RequestRefusedError], deadline: float) -> dict[str, Any]:
+    good = [one for one in encoded if isinstance(one, Encoded)]
     return {
-        "sequences": [one.ids for one in encoded],
-        "prefixes": [one.prefix for one in encoded],
+        "sequences": [one.ids for one in good],
+        "prefixes": [one.prefix for one in good],
         "deadline": deadline,
     }
 
 
-def _scored_items(
-    encoded: Sequence[Encoded | RequestRefusedError], rewards: Sequence[float | ServiceError]
-) -> list[ScoredItem]:
-    """Rewards belong to the items that could be encoded, in order."""
-    remaining = iter(rewards)
-    items = []
-    for one in encoded:
-        if not isinstance(one, Encoded):
-            items.append(ScoredItem(None, None, error=one))
-            continue
-        items.append(_scored_item(one, next(remaining)))
-    return items
-
-
-def _scored_item(one: Encoded, reward: float | ServiceError) -> ScoredItem:
-    if isinstance(reward, ServiceError):
-        return ScoredItem(None, len(one.ids), one.truncated, reward)
-    return ScoredItem(reward, len(one.ids), one.truncated)
-
-
-def _reward_of(outcome: Scored | Exception) -> float | ServiceError:
+def _scored_item(one: Encoded | RequestRefusedError, outcome: Scored | Exception) -> ScoredItem:
+    assert isinstance(one, Encoded)
     if isinstance(outcome, Scored):
-        return outcome.rewards[0]
+        return ScoredItem(outcome.rewards[0], len(one.ids), one.truncated)
     elif isinstance(outcome, ServiceError):
-        return outcome
+        return ScoredItem(None, len(one.ids), one.truncated, outcome)
     raise outcome
+
+
+def _error_of(one: Encoded | RequestRefusedError) -> ServiceError | None:
+    return None if isinstance(one, Encoded) else one

@@ -1,13 +1,18 @@
-"""Items to token ids, in threads beside the loop, within the request's limits."""
+"""Items to token ids, in threads beside the loop, within the request's limits.
+
+Requests stand in a line. A thread takes the first, encodes for a moment, and puts what is left of
+it at the end: a large request holds nobody up. What is done goes back to the loop together, since
+each way between threads costs more than a short text.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from raywards.errors import ConversationError, DeadlineError, RequestRefusedError
@@ -19,6 +24,8 @@ _CHARACTERS_PER_TOKEN = 250
 # What text usually has: for admission before the real count is known.
 _USUAL_CHARACTERS_PER_TOKEN = 4
 _THREADS = 2
+# How long a thread stays with one request, and with those that are done before it hands them over.
+_TURN_S, _TOGETHER_S = 0.01, 0.002
 
 
 class TokenizerLike(Encoder, Protocol):
@@ -39,12 +46,6 @@ class Encoded:
     """How many of the ids other sequences may begin with, too."""
 
 
-def guessed_tokens(request: ScoringRequest) -> int:
-    """Of all items, by the length of their texts."""
-    characters = sum(item.characters() for item in request.items)
-    return characters // _USUAL_CHARACTERS_PER_TOKEN
-
-
 class Tokenizer:
     """Of one model. Belongs to one event loop, which goes on serving others."""
 
@@ -53,48 +54,103 @@ class Tokenizer:
         """Of requests that are being tokenised or wait for it: a guess."""
         self._encoder = encoder
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
+        self._line: deque[_Job] = deque()
+        self._working = 0
+
+    def guess(self, request: ScoringRequest) -> int:
+        """Tokens of all items, by the length of their texts: none has more than the model takes."""
+        longest = self._encoder.max_length
+        return sum(
+            min(item.characters() // _USUAL_CHARACTERS_PER_TOKEN, longest) for item in request.items
+        )
 
     async def encode(
-        self, request: ScoringRequest, deadline: float
+        self, request: ScoringRequest, deadline: float, guess: int
     ) -> list[Encoded | RequestRefusedError]:
         """Each item, or why it cannot be scored, in order.
 
-        `deadline` is an instant of `time.monotonic()`. Raises `DeadlineError`, and, where the
-        request fails as a whole, `RequestRefusedError` for its first bad item. A caller that leaves
-        stops the work.
+        `deadline` is an instant of `time.monotonic()`; `guess` is that of this request. Raises
+        `DeadlineError`, and, where the request fails as a whole, `RequestRefusedError` for its
+        first bad item. A caller that leaves stops the work.
         """
-        guess, gone = guessed_tokens(request), threading.Event()
+        job = _Job(request, asyncio.get_running_loop().create_future())
         self.waiting_tokens += guess
+        self._line.append(job)
+        self._set_to_work()
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, self._encode_all, request, deadline, gone
-            )
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await job.done
+        except TimeoutError:
+            raise DeadlineError(
+                "the deadline passed before the request was tokenised; allow more time, or send "
+                "less at once",
+                status=504,
+            ) from None
         finally:
-            gone.set()
+            job.wanted = False
             self.waiting_tokens -= guess
 
     def close(self) -> None:
         self._threads.shutdown(wait=False)
 
-    def _encode_all(
-        self, request: ScoringRequest, deadline: float, gone: threading.Event
-    ) -> list[Encoded | RequestRefusedError]:
-        encoded: list[Encoded | RequestRefusedError] = []
-        for item in request.items:
-            if gone.is_set() or time.monotonic() > deadline:
-                raise DeadlineError(
-                    "the deadline passed before the request was tokenised; allow more time, or "
-                    "send less at once",
-                    status=504,
-                )
+    def _set_to_work(self) -> None:
+        if self._line and self._working < _THREADS:
+            self._working += 1
+            loop = asyncio.get_running_loop()
+            self._threads.submit(self._work, loop)
+
+    def _hand_over(self, jobs: Sequence[_Job], stopped: bool) -> None:
+        """On the loop: what a thread has done."""
+        self._working -= stopped
+        for job in jobs:
+            if job.done.done():  # its caller has left
+                pass
+            elif job.error is None:
+                job.done.set_result(job.encoded)
+            else:
+                job.done.set_exception(job.error)
+        self._set_to_work()  # somebody may have come while the thread left
+
+    # ---- in a thread
+
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Until the line is empty."""
+        ready: list[_Job] = []
+        since = time.monotonic()
+        while True:
             try:
-                encoded.append(self._encode(item, request))
+                job = self._line.popleft()
+            except IndexError:
+                loop.call_soon_threadsafe(self._hand_over, ready, True)
+                return
+            if self._work_on(job):
+                ready.append(job)
+            else:
+                self._line.append(job)
+            if ready and time.monotonic() - since > _TOGETHER_S:
+                loop.call_soon_threadsafe(self._hand_over, ready, False)
+                ready, since = [], time.monotonic()
+
+    def _work_on(self, job: _Job) -> bool:
+        """For a moment; whether it is done."""
+        until = time.monotonic() + _TURN_S
+        for item in job.request.items[len(job.encoded) :]:
+            if not job.wanted:
+                return True
+            try:
+                job.encoded.append(self._encode(item, job.request))
             except ConversationError as error:
-                told = _refused(error, item)
-                if request.fails_as_a_whole:
-                    raise told from None
-                encoded.append(told)
-        return encoded
+                refused = _refused(error, item)
+                if job.request.fails_as_a_whole:
+                    job.error = refused
+                    return True
+                job.encoded.append(refused)
+            except Exception as error:  # its waiter would wait for ever
+                job.error = error
+                return True
+            if time.monotonic() > until:
+                break
+        return len(job.encoded) == len(job.request.items)
 
     def _encode(self, item: Item, request: ScoringRequest) -> Encoded:
         """Ask for no truncation first: else nobody would know whether it took place."""
@@ -128,6 +184,18 @@ class Tokenizer:
                 reason="empty",
             )
         return Encoded(ids, truncated, self._encoder.split(ids))
+
+
+@dataclass
+class _Job:
+    """A request in the line."""
+
+    request: ScoringRequest
+    done: asyncio.Future[list[Encoded | RequestRefusedError]]
+    encoded: list[Encoded | RequestRefusedError] = field(default_factory=list)
+    error: Exception | None = None
+    wanted: bool = True
+    """False once its caller has left."""
 
 
 def _refused(error: ConversationError, item: Item) -> RequestRefusedError:

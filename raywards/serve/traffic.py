@@ -60,8 +60,9 @@ class Application:
         from ray.serve import get_app_handle
         from ray.serve.exceptions import RayServeException
 
-        # It is asked as itself, whatever the caller called it.
-        asked = replace(request, model=None)
+        # It is asked as itself, whatever the caller called it, unless for a revision.
+        pinned = request.model is not None and "@" in request.model
+        asked = request if pinned else replace(request, model=None)
         try:
             result: ScoringResult = await get_app_handle(self.name).score.remote(asked)
         except RayTaskError as error:

@@ -84,7 +84,7 @@ def broken(folder: Path) -> Iterator[Served]:
         def fails(sequences: Any, **options: Any) -> list[float]:
             raise RuntimeError("the model failed")
 
-        running.scorer.score_ids = fails  # type: ignore[method-assign]
+        running.scorer.score_encoded = fails  # type: ignore[method-assign]
         yield running
 
 

@@ -20,13 +20,13 @@ class Gate:
     def __init__(self, server: Served) -> None:
         self.server = server
         self._open = threading.Event()
-        score_ids = server.scorer.score_ids
+        score_encoded = server.scorer.score_encoded
 
         def held(sequences: Any, **options: Any) -> list[float]:
             assert self._open.wait(60)
-            return score_ids(sequences, **options)
+            return score_encoded(sequences, **options)
 
-        server.scorer.score_ids = held  # type: ignore[method-assign]
+        server.scorer.score_encoded = held  # type: ignore[method-assign]
 
     def close(self) -> None:
         self._open.clear()
