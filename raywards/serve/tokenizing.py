@@ -8,11 +8,11 @@ each way between threads costs more than a short text.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Protocol
 
 from raywards.errors import ConversationError, DeadlineError, RequestRefusedError
@@ -53,9 +53,9 @@ class Tokenizer:
         self.waiting_tokens = 0
         """Of requests that are being tokenised or wait for it: a guess."""
         self._encoder = encoder
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
-        self._line: deque[_Job] = deque()
-        self._working = 0
+        self._line: SimpleQueue[_Job | None] = SimpleQueue()
+        for number in range(_THREADS):
+            threading.Thread(target=self._work, name=f"tokenize_{number}", daemon=True).start()
 
     def guess(self, request: ScoringRequest) -> int:
         """Tokens of all items, by the length of their texts: none has more than the model takes."""
@@ -73,10 +73,10 @@ class Tokenizer:
         `DeadlineError`, and, where the request fails as a whole, `RequestRefusedError` for its
         first bad item. A caller that leaves stops the work.
         """
-        job = _Job(request, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        job = _Job(request, loop, loop.create_future())
         self.waiting_tokens += guess
-        self._line.append(job)
-        self._set_to_work()
+        self._line.put(job)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 return await job.done
@@ -91,45 +91,26 @@ class Tokenizer:
             self.waiting_tokens -= guess
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False)
-
-    def _set_to_work(self) -> None:
-        if self._line and self._working < _THREADS:
-            self._working += 1
-            loop = asyncio.get_running_loop()
-            self._threads.submit(self._work, loop)
-
-    def _hand_over(self, jobs: Sequence[_Job], stopped: bool) -> None:
-        """On the loop: what a thread has done."""
-        self._working -= stopped
-        for job in jobs:
-            if job.done.done():  # its caller has left
-                pass
-            elif job.error is None:
-                job.done.set_result(job.encoded)
-            else:
-                job.done.set_exception(job.error)
-        self._set_to_work()  # somebody may have come while the thread left
+        """The threads end when they have done what is in the line."""
+        for _ in range(_THREADS):
+            self._line.put(None)
 
     # ---- in a thread
 
-    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Until the line is empty."""
+    def _work(self) -> None:
         ready: list[_Job] = []
-        since = time.monotonic()
-        while True:
-            try:
-                job = self._line.popleft()
-            except IndexError:
-                loop.call_soon_threadsafe(self._hand_over, ready, True)
-                return
+        since = 0.0
+        while (job := self._line.get()) is not None:
+            if not ready:
+                since = time.monotonic()
             if self._work_on(job):
                 ready.append(job)
             else:
-                self._line.append(job)
-            if ready and time.monotonic() - since > _TOGETHER_S:
-                loop.call_soon_threadsafe(self._hand_over, ready, False)
-                ready, since = [], time.monotonic()
+                self._line.put(job)
+            if ready and (self._line.empty() or time.monotonic() - since > _TOGETHER_S):
+                _hand_over(ready)
+                ready = []
+        _hand_over(ready)
 
     def _work_on(self, job: _Job) -> bool:
         """For a moment; whether it is done."""
@@ -191,11 +172,28 @@ class _Job:
     """A request in the line."""
 
     request: ScoringRequest
+    loop: asyncio.AbstractEventLoop
     done: asyncio.Future[list[Encoded | RequestRefusedError]]
     encoded: list[Encoded | RequestRefusedError] = field(default_factory=list)
     error: Exception | None = None
     wanted: bool = True
     """False once its caller has left."""
+
+
+def _hand_over(jobs: Sequence[_Job]) -> None:
+    """What a thread has done, to the loop that waits for it."""
+    if jobs and not jobs[0].loop.is_closed():
+        jobs[0].loop.call_soon_threadsafe(_settle, jobs)
+
+
+def _settle(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        if job.done.done():  # its caller has left
+            continue
+        if job.error is None:
+            job.done.set_result(job.encoded)
+        else:
+            job.done.set_exception(job.error)
 
 
 def _refused(error: ConversationError, item: Item) -> RequestRefusedError:
