@@ -33,7 +33,7 @@ def dashboard() -> str:
         panel("Tokens of a forward", quantiles(Metric.batch_tokens)),
         panel("Tokens with padding, to those without", quantiles(Metric.padding_ratio)),
         panel("Rewards, by the edge that they do not exceed",
-              {"{{le}}": per_s(Metric.rewards_total, "le")}),
+              {"{{edge}}": per_s(Metric.rewards_total, "edge")}),
         panel("Mean and deviation of the last rewards",
               {"mean": f"avg({name(Metric.reward_mean)}{_CHOSEN})",
                "deviation": f"avg({name(Metric.reward_std)}{_CHOSEN})"}),

@@ -47,6 +47,8 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 # Torch reads it at a process's first tensor and then asks Linux for pages of 2 MiB for large ones.
 # With the usual 4 KiB, a forward on a CPU spends up to a fifth of its time on page faults.
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+API_KEY = "[!-~]{8,512}"
+"""What a key must look like: a pattern."""
 
 
 @dataclass(
@@ -531,7 +533,8 @@ class ServeConfig(_Frozen):
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPUs of one replica."""
     api_key: SecretStr | None = None
-    """Key that clients must send as `Authorization: Bearer KEY`."""
+    """Key that clients must send as `Authorization: Bearer KEY`: 8 to 512 printable ASCII
+    characters without spaces."""
     api_key_file: str | None = None
     """File of keys, a client a line: `NAME KEY`. It is read again when it changes."""
     other_models: list[str] = []
@@ -571,6 +574,13 @@ class ServeConfig(_Frozen):
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} is under max_length={self.max_length}: "
                 "the longest input would never fit; raise the first or lower the second"
+            )
+        if self.api_key is not None and not re.fullmatch(API_KEY, self.api_key.get_secret_value()):
+            # An empty one is what a start script gives whose variable is not set.
+            raise ValueError(
+                f"api_key has {len(self.api_key.get_secret_value())} characters, or one that is "
+                "not printable ASCII; expected 8 to 512 of these, without spaces. To serve "
+                "without a key, leave it out"
             )
         if self.canary_share and not self.canary:
             raise ValueError(f"canary_share={self.canary_share:g} without a canary; name one")

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from raywards.errors import (
     RequestRefusedError,
     ServiceError,
 )
-from raywards.serve.batcher import Batcher
+from raywards.serve.batcher import Batcher, Forward
 
 Ids = list[int]
 
@@ -473,6 +474,34 @@ def test_a_probe_passes_the_queue_and_is_not_refused_by_a_full_one() -> None:
         assert scorer.batches[0][0] == [4, 5]
 
     play(scenario, max_queued_tokens=50)
+
+
+def test_probes_are_no_traffic_and_tell_nothing_of_the_speed() -> None:
+    forwards: list[Forward] = []
+
+    async def scenario(batcher: Batcher, _: FakeScorer) -> None:
+        await batcher.submit([[1] * 40, [2] * 40])
+        before = replace(batcher.stats)
+        for _ in range(3):
+            await batcher.probe([1, 1], deadline=time.monotonic() + 5)
+        assert batcher.stats == before
+        assert [(one.sequences, one.tokens, one.longest) for one in forwards] == [(2, 80, 40)]
+
+    play(scenario, observe=forwards.append)
+
+
+def test_who_leaves_takes_the_ids_along() -> None:
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        running = await occupy(batcher, scorer)
+        leaver = asyncio.create_task(batcher.submit([[7] * 90] * 3))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        await asyncio.wait([leaver])
+        assert [len(entry.ids) + len(entry.key) for entry in batcher._queue] == [0] * 3
+        scorer.release()
+        await running
+
+    play(scenario)
 
 
 def test_where_the_time_went_is_told() -> None:

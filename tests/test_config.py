@@ -509,7 +509,7 @@ def test_a_config_survives_pickle_and_copies() -> None:
         with pytest.raises(ConfigError, match="learning_rat"):
             clone.learning_rat = 1
     assert dataclasses.replace(config, seed=9).seed == 9
-    serving = ServeConfig(model="m", api_key="k")  # type: ignore[arg-type]
+    serving = ServeConfig(model="m", api_key="eight-of")  # type: ignore[arg-type]
     assert pickle.loads(pickle.dumps(serving)) == serving
 
 
@@ -537,6 +537,15 @@ def test_no_secret_is_told() -> None:
         with pytest.raises(ConfigError) as caught:
             wrong()
         assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["", "seven-7", "with space", "schl\u00fcssel9", "new\nline-1", "k" * 513]
+)
+def test_a_key_that_no_client_could_send_or_anybody_guess_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="expected 8 to 512") as caught:
+        ServeConfig(model="m", api_key=key)  # type: ignore[arg-type]
+    assert not key or key not in str(caught.value)
 
 
 def test_paths_are_absolute_and_storage_holds_the_run(

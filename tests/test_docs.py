@@ -382,14 +382,14 @@ def test_the_other_routes_and_the_key_are_as_the_page_says(folder: Path, server:
     assert server.send("GET", "/v1/reward").status_code == 405
     assert server.send("GET", "/nowhere").json()["error"]["code"] == "no_such_route"
 
-    guarded = Server(folder, api_key="s3cret")
+    guarded = Server(folder, api_key="s3cret-key")
     body = json.dumps({"input": "Hi!"})
     refused = guarded.send("POST", "/v1/reward", body)
     assert refused.status_code == 401
     assert refused.json()["error"]["code"] == "invalid_api_key"
-    accepted = guarded.send("POST", "/v1/reward", body, authorization="Bearer s3cret")
+    accepted = guarded.send("POST", "/v1/reward", body, authorization="Bearer s3cret-key")
     assert accepted.status_code == 200
-    key = {"authorization": "Bearer s3cret"}
+    key = {"authorization": "Bearer s3cret-key"}
     for path in ("/health", "/ready", "/ping"):
         assert f"`{path}`" in HTTP.partition("## API key")[2].partition("##")[0]
         assert guarded.send("GET", path).status_code == 200

@@ -109,3 +109,16 @@ def change(file: Path, text: str) -> None:
     fresh = file.with_suffix(".new")
     fresh.write_text(text)
     os.replace(fresh, file)
+
+
+def test_a_key_that_is_replaced_within_a_tick_of_the_clock_is_seen(
+    file: Path,
+) -> None:
+    keys = Keys(None, str(file))
+    before = file.stat()
+    file.write_text("grpo another-key-of-grpo\n")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    keys._looked -= 2
+    assert keys.client(headers("Bearer another-key-of-grpo")) == "grpo"
+    with pytest.raises(RequestRefusedError):
+        keys.client(headers("Bearer first-key-of-grpo"))

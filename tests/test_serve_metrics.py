@@ -82,7 +82,7 @@ def test_a_request_is_counted_by_its_route_items_and_tokens(rm: Served, written:
     for row in reply["data"]:
         assert -0.5 < row["reward"] <= 0.5
     edges = {"0", "0.5"}
-    assert sum(written.total(Metric.rewards_total, le=edge) for edge in edges) == 4
+    assert sum(written.total(Metric.rewards_total, edge=edge) for edge in edges) == 4
 
 
 def test_what_goes_wrong_is_counted_by_its_reason(rm: Served, written: Written) -> None:

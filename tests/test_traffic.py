@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -27,10 +30,13 @@ class Other:
     """Another model: its rewards are a hundred and one."""
 
     error: ServiceError | None = None
+    hangs: bool = False
     asked: list[ScoringRequest] = field(default_factory=list)
 
     async def score(self, request: ScoringRequest) -> ScoringResult:
         self.asked.append(request)
+        if self.hangs:
+            await asyncio.sleep(60)
         if self.error is not None:
             raise self.error
         items = [ScoredItem(101.0, 3) for _ in request.items]
@@ -85,6 +91,52 @@ def test_all_answers_to_one_prompt_are_scored_by_the_same_model(rm: Served) -> N
         models.append(replies[0])
     assert 0.25 < models.count("other") / len(models) < 0.75
     assert len(other.asked) == 3 * models.count("other")
+
+
+@pytest.mark.parametrize("how", ["together", "each on its own", "as lines"])
+def test_a_request_about_several_prompts_is_parted(rm: Served, how: str) -> None:
+    other = Other()
+    rm.service.traffic = Traffic(canary=other, canary_share=0.5)
+    alone = [rm.post("/v1/reward", {"messages": talk}) for talk in TALKS[:20]]
+    theirs = [reply["model"] == "other" for reply in alone]
+    assert 3 < sum(theirs) < 17, "proves nothing"
+    body = {"messages": TALKS[:20], "on_error": "request" if how == "together" else "item"}
+    accept = "application/x-ndjson" if how == "as lines" else "application/json"
+    response = rm.http.post("/v1/reward", json=body, headers={"accept": accept})
+    if how == "as lines":
+        rows = sorted(map(json.loads, response.text.splitlines()[:-1]), key=lambda r: r["index"])
+    else:
+        rows = response.json()["data"]
+        revisions = [rm.scorer.info["revision"], "sha256:other"]
+        assert response.json()["revision"] == ", ".join(revisions)
+        assert response.json()["model"] == "rm"
+    found = [row["reward"] for row in rows]
+    assert found == pytest.approx([reply["data"][0]["reward"] for reply in alone], abs=1e-5)
+    assert [reward == 101.0 for reward in found] == theirs
+
+
+def test_a_canary_that_hangs_costs_half_of_the_time_and_no_answer(rm: Served) -> None:
+    rm.service.traffic = Traffic(canary=Other(hangs=True), canary_share=1.0)
+    started = time.monotonic()
+    found = rewards(rm, {"messages": TALKS[:2], "timeout_s": 2.0})
+    assert time.monotonic() - started < 2
+    assert found == pytest.approx(rm.scorer.score(TALKS[:2]), abs=1e-5)
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
+def test_another_model_that_hangs_is_waited_for_until_the_deadline(rm: Served, accept: str) -> None:
+    rm.service.traffic = Traffic(others={"big": Other(hangs=True)})
+    asked = {"messages": TALKS[0], "model": "big", "timeout_s": 0.5}
+    status, body = rm.refused("/v1/reward", asked, accept=accept)
+    assert status == 504
+    assert "deadline" in body["error"]["message"]
+
+
+def test_a_revision_of_another_model_is_for_it_to_know(rm: Served) -> None:
+    other = Other()
+    rm.service.traffic = Traffic(others={"big": other})
+    assert rewards(rm, {"messages": TALKS[0], "model": "big@sha256:other"}) == [101.0]
+    assert [request.model for request in other.asked] == ["big@sha256:other"]
 
 
 def test_without_a_share_the_canary_is_not_asked(rm: Served) -> None:

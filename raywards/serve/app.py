@@ -103,25 +103,34 @@ def run(config: ServeConfig) -> None:
     """
     from ray import serve
 
-    stop, ready = threading.Event(), False
+    stop = threading.Event()
     _start(config)  # first: where it starts a local Ray, that takes SIGTERM for itself
+    others = _deployed_at(config.name)
+    own: float | None = None
     try:
         # A deployment may wait for ever, for a GPU that the cluster does not have.
         _on_signals(_interrupt)
         _deploy(config)
+        own = _deployed_at(config.name)
         _check_endpoint(config)
-        ready = True
         _on_signals(lambda *_: stop.set())
         logger.info("serving %s as %r at %s", config.model, config.name, endpoint(config))
         while not stop.wait(_POLL_S):
             application = serve.status().applications.get(config.name)
             if application is None:
                 return
+            if application.last_deployed_time_s != own:
+                logger.info("another deployment has taken over %r", config.name)
+                return
             if application.status == "DEPLOY_FAILED" and not _runs(application):
                 raise _start_failure(config)
     finally:
-        # Requests that are under way finish; where no replica came, there is none to wait for.
-        serve.delete(config.name, _blocking=ready)
+        # An update that failed leaves what it was to replace, and what has been replaced meanwhile
+        # is not this one's any more. Requests that are under way finish; where no replica came,
+        # there is none to wait for.
+        is_own = others is None if own is None else _deployed_at(config.name) == own
+        if is_own:
+            serve.delete(config.name, _blocking=own is not None)
 
 
 def endpoint(config: ServeConfig) -> str:
@@ -196,7 +205,7 @@ def _version(config: ServeConfig) -> str:
     files = [file for one in folders if one.is_dir() for file in sorted(one.iterdir())]
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     code = ray.get_runtime_context().get_runtime_env_string() if ray.is_initialized() else ""
-    key = config.api_key.get_secret_value() if config.api_key else ""
+    key = config.api_key.get_secret_value() if config.api_key is not None else ""
     settings = config.model_dump_json(exclude=_OF_SERVE)
     started_with = (settings, key, stats, code, version("raywards"))
     return hashlib.sha256(repr(started_with).encode()).hexdigest()[:16]
@@ -254,6 +263,14 @@ def _deploy(config: ServeConfig) -> DeploymentHandle[Any]:
         return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
     except RuntimeError:
         raise _start_failure(config) from None
+
+
+def _deployed_at(name: str) -> float | None:
+    """When the application was last deployed, by whomever; None where there is none."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    return None if application is None else application.last_deployed_time_s
 
 
 def _runs(application: Any) -> bool:

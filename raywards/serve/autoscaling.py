@@ -28,5 +28,10 @@ class ReplicasForTokens:
         """While any request is under way there is one replica at least: tokens are counted by
         replicas, and from zero there is none to count them."""
         by_replica = (context.aggregated_metrics or {}).get(TOKENS, {})
-        wanted = math.ceil(sum(by_replica.values()) / self._target_tokens)
+        tokens = sum(by_replica.values())
+        # Those that the proxy holds back are on no replica; they will be like those that are.
+        running = context.total_num_requests - context.total_queued_requests
+        if running > 0:
+            tokens *= context.total_num_requests / running
+        wanted = math.ceil(tokens / self._target_tokens)
         return max(wanted, 1 if context.total_num_requests > 0 else 0), {}

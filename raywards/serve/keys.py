@@ -11,12 +11,13 @@ from pathlib import Path
 
 from starlette.datastructures import Headers
 
+from raywards.config import API_KEY
 from raywards.errors import ConfigError, RequestRefusedError
 
 logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 1.0
-_LINE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})\s+([!-~]{8,512})")
+_LINE = re.compile(rf"([A-Za-z0-9][A-Za-z0-9._-]{{0,63}})\s+({API_KEY})")
 
 
 class Keys:
@@ -35,7 +36,7 @@ class Keys:
         self._own = {} if key is None else {_digest(key): "default"}
         self._file = None if file is None else Path(file)
         self._of_file: dict[bytes, str] = {}
-        self._state: tuple[int, int] | None = None
+        self._state: tuple[int, ...] | None = None
         self._looked = time.monotonic()
         if self._file is not None:
             self._state = _state(self._file)
@@ -112,9 +113,9 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def _state(file: Path) -> tuple[int, int] | None:
+def _state(file: Path) -> tuple[int, ...] | None:
     try:
         about = file.stat()
     except OSError:
         return None
-    return about.st_mtime_ns, about.st_ino
+    return about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino

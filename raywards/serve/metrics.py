@@ -59,7 +59,7 @@ class Metric(Enum):
     padding_ratio = Kind("Histogram", "Tokens of one forward with padding, to those without.", (),
                          _RATIOS)  # fmt: skip
     # Ray's histograms take no negative edges.
-    rewards_total = Kind("Counter", "Rewards, by the edge that they do not exceed.", ("le",))
+    rewards_total = Kind("Counter", "Rewards, by the edge that they do not exceed.", ("edge",))
     reward_mean = Kind("Gauge", "Mean of the last rewards: it drifts where the prompts do.")
     reward_std = Kind("Gauge", "Standard deviation of the last rewards.")
     queue_items = Kind("Gauge", "Sequences that wait.")
@@ -106,7 +106,7 @@ class Metrics:
 
     def put_reward(self, reward: float) -> None:
         """Count a reward where it belongs."""
-        self.put(Metric.rewards_total, le=_REWARD_LABELS[bisect_left(_REWARDS, reward)])
+        self.put(Metric.rewards_total, edge=_REWARD_LABELS[bisect_left(_REWARDS, reward)])
 
     def flush(self) -> None:
         """Write what has been counted since the last time."""

@@ -83,9 +83,8 @@ class RewardService:
         self.metrics = metrics or Metrics(config.name)
         self.started_at = int(time.time())
         self.replica = uuid.uuid4().hex[:8]
-        self.keys = Keys(
-            config.api_key.get_secret_value() if config.api_key else None, config.api_key_file
-        )
+        key = None if config.api_key is None else config.api_key.get_secret_value()
+        self.keys = Keys(key, config.api_key_file)
         self._scorer = scorer
         self._batcher = Batcher(
             self._forward,
