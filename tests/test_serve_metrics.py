@@ -130,6 +130,22 @@ def test_the_log_is_json_and_holds_no_text(rm: Served, caplog: pytest.LogCapture
     assert SECRET not in caplog.text
 
 
+def test_an_answer_in_lines_is_told_like_any_other(
+    rm: Served, written: Written, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "raywards"):
+        response = rm.http.post(
+            "/v1/reward",
+            json={"messages": [TALK, LONGER]},
+            headers={"accept": "application/x-ndjson"},
+        )
+    assert len(response.text.splitlines()) == 3
+    [line] = [json.loads(record.getMessage()) for record in caplog.records]
+    assert (line["event"], line["items"]) == ("scored", 2)
+    assert written.count(Metric.queue_seconds) == written.count(Metric.tokenize_seconds) == 1
+    assert written.total(Metric.items_total, outcome="scored") == 2
+
+
 def test_a_trace_has_a_span_for_each_answer_with_its_figures_and_no_text(
     rm: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

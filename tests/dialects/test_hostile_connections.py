@@ -303,9 +303,10 @@ def test_slow_and_idle_connections_hold_up_nobody(rm: Served, rewards: list[floa
             assert [row["reward"] for row in found] == pytest.approx(rewards, abs=BOUND)
 
 
+@pytest.mark.parametrize("accept", ["application/json", "application/x-ndjson"])
 @pytest.mark.parametrize("leaves", ["in the queue", "in the forward"])
 def test_who_leaves_is_not_computed_and_disturbs_nobody(
-    leaves: str, folder: Path, rewards: list[float]
+    leaves: str, accept: str, folder: Path, rewards: list[float]
 ) -> None:
     with served(folder) as server:
         gate = Gate(server)
@@ -327,7 +328,8 @@ def test_who_leaves_is_not_computed_and_disturbs_nobody(
             for n in range(20):
                 connection = leaving.enter_context(connected(server))
                 body = json.dumps({"input_ids": [5 + n] * 30}).encode()
-                connection.sendall(head("/v1/reward", length(body)) + body)
+                lines = (length(body), f"accept: {accept}")
+                connection.sendall(head("/v1/reward", *lines) + body)
             waiting = 20 if leaves == "in the queue" else 0
             wait_for(lambda: stats()["queued_sequences"] >= waiting)
         if leaves == "in the queue":
