@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -297,6 +298,55 @@ def test_a_thousand_at_once_are_answered_or_told_when_to_come_back(
     print(statuses)
     with RewardClient(endpoint(config)) as client:
         assert client.score(TALKS) == pytest.approx(rewards["old"], abs=1e-5)
+
+
+JOB = """
+import json, sys, ray
+from raywards.config import ServeConfig
+from raywards.serve import run
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+run(ServeConfig(**json.loads(sys.argv[2])))
+"""
+
+
+def test_a_job_takes_over_from_another_and_deletes_what_it_deployed_alone(
+    config: ServeConfig, folders: dict[str, Path], rewards: dict[str, list[float]]
+) -> None:
+    import ray
+    from ray import serve
+
+    here = config.model_copy(update={"name": "job", "route_prefix": "/job"})
+    jobs: list[subprocess.Popen[bytes]] = []
+
+    def job(model: Path) -> subprocess.Popen[bytes]:
+        asked = {"model", "name", "route_prefix", "port", "max_batch_tokens", "num_cpus"}
+        settings = here.model_copy(update={"model": str(model)}).model_dump_json(include=asked)
+        address = ray.get_runtime_context().gcs_address
+        jobs.append(subprocess.Popen([sys.executable, "-c", JOB, address, settings]))
+        return jobs[-1]
+
+    def given_by() -> str:
+        with RewardClient(endpoint(here), timeout_s=30) as client:
+            reward = client.score(TALKS[:1])[0]
+        return next(name for name, known in rewards.items() if abs(known[0] - reward) < 1e-5)
+
+    try:
+        first = job(folders["old"])
+        with RewardClient(endpoint(here)) as client:
+            client.wait_until_ready(90)
+        assert given_by() == "old"
+        assert job(folders["old"].parent / "nowhere").wait(90) != 0
+        assert given_by() == "old"
+        second = job(folders["new"])
+        assert first.wait(90) == 0, "it has been replaced"
+        wait_for(lambda: given_by() == "new")
+        second.send_signal(signal.SIGINT)
+        assert second.wait(60) == 0
+        assert "job" not in serve.status().applications
+    finally:
+        for one in jobs:
+            one.kill()
 
 
 HAPROXY = """
