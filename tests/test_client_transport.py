@@ -27,6 +27,7 @@ import pytest
 from test_client import Served, reward_of, talk
 
 from raywards.client import AsyncRewardClient, RewardClient
+from raywards.config import ServeConfig
 from raywards.errors import (
     DeadlineError,
     OverloadedError,
@@ -34,6 +35,7 @@ from raywards.errors import (
     ServiceError,
     UnreachableError,
 )
+from raywards.serve.app import _check_endpoint, endpoint
 
 Handler = Callable[[socket.socket, bytes], None]
 KINDS = [RewardClient, AsyncRewardClient]
@@ -467,3 +469,26 @@ def test_proxies_of_the_environment_may_be_ignored(kind: Any) -> None:
             call(kind, server.url, lambda client: client.score([talk("a")]))
         found = call(kind, server.url, lambda client: client.score([talk("a")]), trust_env=False)
     assert found == [reward_of(server.scorer.encode(talk("a")))]
+
+
+@pytest.mark.usefixtures("behind_a_proxy")
+def test_a_job_finds_its_own_endpoint_behind_a_proxy() -> None:
+    with Served() as server:
+        port = int(server.url.rpartition(":")[2])
+        with pytest.raises(RequestRefusedError):
+            call(RewardClient, server.url, lambda client: client.wait_until_ready(0.1))
+        _check_endpoint(ServeConfig(model="fake", host="127.0.0.1", port=port))
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("::", "http://127.0.0.1:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("rm.local", "http://rm.local:8000"),
+    ],
+)
+def test_the_endpoint_is_an_address_that_clients_take(host: str, url: str) -> None:
+    assert endpoint(ServeConfig(model="fake", host=host, port=8000)) == url
+    assert RewardClient(url).base_url == url
