@@ -325,11 +325,12 @@ def test_pairs_of_different_prompts_share_batches() -> None:
     with Served() as server, server.client() as client:
         server.scorer.gate.clear()
         found: list[list[float]] = []
-        pairs = [(f"prompt {n}", "answer") for n in range(40)]
+        pairs = [(f"prompt {n}", "answer") for n in range(32)]
+        server.proxy.seen.clear()
         thread = threading.Thread(target=lambda: found.append(client.score_pairs(iter(pairs))))
         thread.start()
         deadline = time.monotonic() + 10
-        while server.service.info()["batcher"]["queued_sequences"] < 39:
+        while len(server.proxy.seen) < 32:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         server.scorer.gate.set()
