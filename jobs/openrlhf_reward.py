@@ -1,8 +1,9 @@
 """OpenRLHF's `--remote_rm_url jobs/openrlhf_reward.py`: rewards of a served model.
 
-RAYWARDS_URL says where it is served, RAYWARDS_API_KEY has its key. The server answers OpenRLHF
-itself, too: `--remote_rm_url http://HOST:8000/get_reward`; here is where to mix a reward with
-others.
+RAYWARDS_URL says where it is served, RAYWARDS_API_KEY has its key. RAYWARDS_TRUNCATION says what
+becomes of a text that is too long: `error` stops the run, which is the default, `left` and `right`
+cut it there. The server answers OpenRLHF itself, too: `--remote_rm_url
+http://HOST:8000/get_reward`; here is where to mix a reward with others.
 """
 
 from __future__ import annotations
@@ -27,5 +28,6 @@ def reward_func(
     queries: list[str], prompts: list[str], labels: list[Any], **_: Any
 ) -> dict[str, Any]:
     """Rewards [queries], and their sigmoids for dynamic filtering. A query is the whole text."""
-    rewards = torch.tensor(client().score_texts(queries))
+    truncation: Any = os.environ.get("RAYWARDS_TRUNCATION", "error")
+    rewards = torch.tensor(client().score_texts(queries, truncation=truncation))
     return {"rewards": rewards, "scores": rewards.sigmoid(), "extra_logs": {"reward": rewards}}

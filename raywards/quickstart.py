@@ -181,7 +181,7 @@ def _serve_and_score(export: Path, rows: list[dict[str, Any]]) -> None:
         deploy(ServeConfig(model=str(export), port=port, min_replicas=1, max_replicas=2))
         conversations = [row[side] for row in rows for side in ("chosen", "rejected")]
         _say(4, f"Scoring {len(rows)} held-out pairs over HTTP")
-        with RewardClient(f"http://127.0.0.1:{port}") as client:
+        with RewardClient(f"http://127.0.0.1:{port}", trust_env=False) as client:
             client.wait_until_ready(timeout_s=120)
             served = client.score(conversations)
     finally:

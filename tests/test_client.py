@@ -450,18 +450,200 @@ def test_overload_is_waited_out_by_the_client() -> None:
         (lambda client: client.score_ids([1, 2]), "list of token ids"),
         (lambda client: client.score_ids([[1.5]]), "list of token ids"),
         (lambda client: client.score_ids(["12"]), "list of token ids"),
+        (lambda client: client.score_ids([None]), "list of token ids"),
+        (lambda client: client.score_ids(3), "expected a list"),
+        (lambda client: client.score(None), "expected a list"),
+        (lambda client: client.score([None]), r"conversations\[0\]: expected a list of messages"),
+        (lambda client: client.score_texts([1]), r"texts\[0\]: expected text, got int"),
+        (lambda client: client.score_texts("a"), "put it in a list"),
+        (lambda client: client.score_responses("p", ["a", None]), r"responses\[1\]: expected text"),
+        (lambda client: client.score_responses("p", 1), "expected a list"),
+        (lambda client: client.score_responses(None, ["a"]), "prompt: expected text or a list"),
+        (lambda client: client.score_responses({"role": "user"}, ["a"]), "prompt: expected text"),
+        (lambda client: client.score_pairs([("a", "b", "c")]), r"pairs\[0\]: .*tuple of 3"),
+        (lambda client: client.score_pairs(("a", "b")), r"pairs\[0\]: expected a pair"),
+        (lambda client: client.score_pairs([("a", None)]), r"pairs\[0\]\[1\]: expected text"),
+        (lambda client: client.score_pairs([(None, "a")]), r"pairs\[0\]\[0\]: expected text"),
+        (lambda client: client.score_pairs([([{1: {2}}], "a")]), r"pairs\[0\]\[0\] cannot be"),
+        (lambda client: client.score([[{"role": "user", "content": b"a"}]]), "JSON"),
+        (lambda client: client.score([nested()]), "JSON"),
+        (lambda client: client.reward(5), "RewardRequest or a dict"),
+        (lambda client: client.reward({(1, 2): 3}), "JSON"),
+        (lambda client: client.as_trl_reward_func()(["p"], ["a", "b"]), "1 prompts and 2"),
+        (lambda client: client.as_trl_reward_func()([None], ["a"]), "expected text or a list"),
+        (lambda client: client.as_trl_reward_func()([None], [[]]), r"prompts\[0\]: expected text"),
         (lambda client: client.reward({"input": {1, 2}}), "JSON"),
         (lambda client: client.reward({"input": "a", "timeout_s": math.nan}), "JSON"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_it_is_sent(
+    call: Callable[[Any], Any], words: str
+) -> None:
+    with pytest.raises(ConversationError, match=words):
+        call(RewardClient("http://127.0.0.1:9"))
+    with pytest.raises(ConversationError, match=words):
+        asyncio.run(call(AsyncRewardClient("http://127.0.0.1:9")))
+
+
+def nested() -> list[Any]:
+    """Deeper than JSON can be written."""
+    found: list[Any] = []
+    for _ in range(100_000):
+        found = [found]
+    return found
+
+
+def test_what_can_be_read_once_is_scored(served: Served) -> None:
+    scorer, talks = served.scorer, [talk("a"), talk("b")]
+    expected = [reward_of(scorer.encode(one)) for one in talks]
+    with served.client(max_items_per_request=1) as client:
+        assert client.score(iter(one) for one in talks) == expected
+        assert client.score_texts(text for text in "ab") == [reward_of([97]), reward_of([98])]
+        assert client.score_ids(range(n) for n in (1, 2)) == [reward_of([0]), reward_of([0, 1])]
+        assert client.score_responses(iter(talks[0]), iter("ab")) == [
+            reward_of(scorer.encode_response(talks[0], text)) for text in "ab"
+        ]
+        pairs = [("p", "a"), (talks[0], "b"), ("p", "c")]
+        assert client.score_pairs(iter(pairs)) == [
+            reward_of(scorer.encode_response(*pair)) for pair in pairs
+        ]
+
+
+# ---- options, and completions that cannot be scored
+
+LONG = "a" * 1001
+
+
+def test_what_is_too_long_is_cut_where_that_is_asked_for(served: Served) -> None:
+    scorer = served.scorer
+    with served.client() as client:
+        for method, given in [
+            (client.score, [talk(LONG)]),
+            (client.score_texts, [LONG]),
+            (client.score_ids, [[1] * 1001]),
+            (client.score_pairs, [("p", LONG)]),
+            (
+                lambda responses, **options: client.score_responses("p", responses, **options),
+                [LONG],
+            ),
+        ]:
+            with pytest.raises(RequestRefusedError, match="too many tokens"):
+                method(given)
+            assert len(method(given, truncation="right")) == 1
+        ids = list(range(100))
+        assert client.score_ids([ids], truncation="left", max_length=9) == [reward_of(ids[-9:])]
+        assert client.score_texts([LONG + "b"], truncation="right") == [reward_of([97] * 1000)]
+        assert client.score_ids([ids], max_length=None) == [reward_of(ids)]
+        reward_func = client.as_trl_reward_func(truncation="left", max_length=9)
+        assert reward_func(["p"], [LONG]) == [
+            reward_of(scorer.encode_response("p", LONG, truncation="left")[-9:])
+        ]
+        compute_score = client.as_verl_compute_score(truncation="left", max_length=9)
+        assert compute_score("any", LONG, None, {"prompt": "p"}) == reward_func(["p"], [LONG])[0]
+
+    async def main() -> list[float]:
+        async with AsyncRewardClient(served.url) as client:
+            return await client.score_ids([ids], truncation="left", max_length=9)
+
+    assert asyncio.run(main()) == [reward_of(ids[-9:])]
+
+
+def test_variables_of_the_template_reach_it_by_every_method(served: Served) -> None:
+    variables = {"thinking": True}
+    pair = ("p", "a")
+    expected = [
+        reward_of(served.scorer.encode(talk("a"), chat_template_kwargs=variables)),
+        reward_of(served.scorer.encode_response(*pair, chat_template_kwargs=variables)),
+    ]
+    with served.client() as client:
+        told: dict[str, Any] = {"chat_template_kwargs": variables}
+        reward_func = client.as_trl_reward_func(**told)
+        assert client.score([talk("a")], **told) == reward_func([talk("a")[:1]], [talk("a")[1:]])
+        assert client.score([talk("a")], **told) == expected[:1]
+        assert client.score_pairs([pair], **told) == expected[1:]
+        assert client.score_responses("p", ["a"], **told) == expected[1:]
+        assert client.score([talk("a")]) != expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda client: client.score([], truncate="left"), "Did you mean 'truncation'"),
+        (lambda client: client.score([], on_error="item"), "on_error: unknown here"),
+        (lambda client: client.score([], truncation="middle"), "expected 'error', 'left' or"),
+        (lambda client: client.score([], max_length=0), "max_length"),
+        (lambda client: client.score_ids([], chat_template_kwargs={}), "unknown here"),
+        (lambda client: client.as_trl_reward_func(truncation="middle"), "truncation"),
+        (lambda client: client.as_trl_reward_func(on_error="item"), "'raise' or 'none'"),
+        (lambda client: client.as_verl_compute_score(max_length="9"), "max_length"),
+    ],
+)
+def test_an_option_that_cannot_be_meant_is_a_config_error(
     call: Callable[[RewardClient], Any], words: str
 ) -> None:
-    with (
-        RewardClient("http://127.0.0.1:9") as client,
-        pytest.raises(ConversationError, match=words),
-    ):
+    with RewardClient("http://127.0.0.1:9") as client, pytest.raises(ConfigError, match=words):
         call(client)
+
+
+@pytest.mark.parametrize(
+    "content", [None, "half \ud800", LONG, "FORBIDDEN", 7, [], "a" * 250_001], ids=repr
+)
+def test_a_completion_that_cannot_be_scored_has_none(served: Served, content: Any) -> None:
+    """Whether a sequence is at fault, or the whole body breaks the schema because of it."""
+    prompt = [{"role": "user", "content": "Hi"}]
+    good = [[{"role": "assistant", "content": f"answer {n}"}] for n in range(6)]
+    bad = [{"role": "assistant", "content": content}]
+    completions = [*good[:2], bad, *good[2:], bad]
+    expected = [reward_of(served.scorer.encode([*prompt, *one])) for one in good]
+    with served.client(max_items_per_request=5) as client:
+        found = client.as_trl_reward_func(on_error="none")([prompt] * 8, completions)
+        assert found == [*expected[:2], None, *expected[2:], None]
+        with pytest.raises(RequestRefusedError) as caught:
+            client.as_trl_reward_func()([prompt] * 8, completions)
+        assert (caught.value.field or "").startswith(("messages[2]", "messages[7]"))
+        if isinstance(content, str):
+            texts = ["one", content, "two"]
+            tolerant = client.as_trl_reward_func(on_error="none")
+            assert [one is None for one in tolerant(["p"] * 3, texts)] == [False, True, False]
+            assert tolerant(["p", content, "q"], ["a"] * 3)[1] is None
+            assert None not in tolerant(["p", "q"], ["a", "b"])
+
+    async def main() -> list[float | None]:
+        async with AsyncRewardClient(served.url, max_items_per_request=5) as client:
+            return await client.as_trl_reward_func(on_error="none")([prompt] * 8, completions)
+
+    assert asyncio.run(main()) == found
+
+
+def test_what_is_wrong_with_every_completion_is_raised(served: Served) -> None:
+    """`on_error="none"` would turn it into a run without rewards."""
+    for settings, options in [
+        ({"model": "another"}, {}),
+        ({}, {"max_length": 100_000}),
+        ({"base_url": f"{served.url}/nowhere"}, {}),
+    ]:
+        settings = {"base_url": served.url, **settings}
+        with RewardClient(**settings) as client:
+            reward_func = client.as_trl_reward_func(on_error="none", **options)
+            with pytest.raises(RequestRefusedError):
+                reward_func(["p"] * 2, ["a", "b"])
+
+
+def test_a_completion_larger_than_a_body_has_none() -> None:
+    with Served(max_body_bytes=2000) as server, server.client() as client:
+        completions = ["a", "b" * 3000, "c"]
+        found = client.as_trl_reward_func(on_error="none")(["p"] * 3, completions)
+        assert [one is None for one in found] == [False, True, False]
+        with pytest.raises(RequestRefusedError) as caught:
+            client.as_trl_reward_func()(["p"] * 3, completions)
+        assert caught.value.status == 413
+
+
+def test_an_error_names_the_position_of_the_pair(served: Served) -> None:
+    pairs = [("p", "a"), ("q", "b"), ("p", "FORBIDDEN")]
+    with served.client() as client, pytest.raises(RequestRefusedError) as caught:
+        client.score_pairs(pairs)
+    assert caught.value.field == "responses[2]"
 
 
 @pytest.mark.parametrize(
@@ -469,6 +651,13 @@ def test_what_cannot_be_meant_is_refused_before_it_is_sent(
     [
         {"base_url": "localhost:8000"},
         {"base_url": "ftp://x"},
+        {"base_url": "http://host:abc"},
+        {"base_url": "http://host:99999"},
+        {"base_url": "http://[::1"},
+        {"base_url": "http://" + "a" * 64},
+        {"base_url": "http://host/?key=1"},
+        {"base_url": "http://"},
+        {"base_url": None},
         {"api_key": ""},
         {"api_key": "a\nb"},
         {"timeout_s": 0},
@@ -478,8 +667,9 @@ def test_what_cannot_be_meant_is_refused_before_it_is_sent(
     ],
 )
 def test_a_bad_setting_is_a_config_error(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(settings))):
-        RewardClient(**settings)
+    for kind in (RewardClient, AsyncRewardClient):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            kind(**settings)
 
 
 def test_the_key_is_sent_and_never_shown() -> None:

@@ -25,9 +25,12 @@ LAYERS = [
     ["settings", "rowset"],
     ["config", "schemas", "conversation", "sources"],
     [
-        *("client.plans", "client.rlhf", "control_tokens", "packing", "families"),
+        *("client.faults", "client.inputs", "client.rlhf"),
+        *("control_tokens", "packing", "families"),
         *("serve.batcher", "serve.keys"),
     ],
+    ["client.plans"],
+    ["client.blocking", "client.loops"],
     ["client", "rendering", "attention"],
     ["preferences", "loader", "loss", "metrics", "evaluation", "heads"],
     ["groups", "objectives"],
@@ -75,7 +78,8 @@ LAYERS = [
 SCORER_LAYER = next(i for i, layer in enumerate(LAYERS) if "scorer" in layer)
 LIGHT = [
     *("errors", "trl_fields", "settings", "config", "schemas"),
-    *("client", "client.plans", "client.rlhf"),
+    *("client", "client.blocking", "client.loops", "client.plans"),
+    *("client.faults", "client.inputs", "client.rlhf"),
 ]
 HEAVY = {"torch", "ray", "transformers"}
 

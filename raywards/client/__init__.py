@@ -5,32 +5,27 @@
                                  {"role": "assistant", "content": "4"}]])
 
 Scoring changes nothing on the server, so a request that meets a full, restarting or killed replica
-is sent again, until `timeout_s` is over or `max_retries` are used up: `plans.py` decides that.
-`as_trl_reward_func` and `as_verl_compute_score` make of a client what those trainers call. Imports
-neither torch, ray nor transformers.
+is sent again, until `timeout_s` is over or `max_retries` are used up: `plans.py` decides that, and
+`blocking.py` and `loops.py` carry it out. `as_trl_reward_func` and `as_verl_compute_score` make of
+a client what those trainers call. Imports neither torch, ray nor transformers.
+
+What the methods that score take beside their sequences (`truncation`, `max_length`, and
+`chat_template_kwargs`, `tools` where the server renders) are fields of `POST /v1/reward`, with the
+same meaning: docs/http.md. They raise `InputError` for what cannot be meant, `ServiceError` where
+no reward came.
 """
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
-
-import httpx
+from typing import Any, Self, Unpack
 
 from raywards.client import rlhf
-from raywards.client.plans import (
-    PARALLEL_REQUESTS,
-    Conversation,
-    Outcome,
-    Pause,
-    Plan,
-    Plans,
-    T,
-)
+from raywards.client.blocking import Blocking
+from raywards.client.inputs import Conversation, Cut, Options, as_options
+from raywards.client.loops import Loops
+from raywards.client.plans import Plans
 from raywards.schemas import RewardRequest, RewardResponse
 
 __all__ = ["AsyncRewardClient", "RewardClient"]
@@ -39,82 +34,100 @@ __all__ = ["AsyncRewardClient", "RewardClient"]
 class RewardClient(Plans):
     """Rewards from a served model. Threads may share one; it keeps connections open."""
 
-    _http: httpx.Client
+    _transport: Blocking
 
-    def _open(self, limits: httpx.Limits) -> None:
-        self._http = httpx.Client(limits=limits)
+    def _open(self, max_connections: int, trust_env: bool) -> None:
+        self._transport = Blocking(max_connections, trust_env)
 
-    def score(self, conversations: Sequence[Conversation]) -> list[float]:
+    def score(
+        self, conversations: Iterable[Conversation], **options: Unpack[Options]
+    ) -> list[float]:
         """One reward per conversation, in order. A conversation is a list of messages."""
-        return self._gather(self._of_conversations(conversations))
+        return self._transport.gather(
+            self._of_conversations(conversations, as_options(options, Options))
+        )
 
-    def score_responses(self, prompt: str | Conversation, responses: Sequence[str]) -> list[float]:
+    def score_responses(
+        self,
+        prompt: str | Conversation,
+        responses: Iterable[str],
+        **options: Unpack[Options],
+    ) -> list[float]:
         """One reward per answer to `prompt`, in order."""
-        return self._gather(self._of_responses(prompt, responses))
+        return self._transport.gather(
+            self._of_responses(prompt, responses, as_options(options, Options))
+        )
 
-    def score_ids(self, sequences: Iterable[Iterable[int]]) -> list[float]:
+    def score_ids(self, sequences: Iterable[Iterable[int]], **options: Unpack[Cut]) -> list[float]:
         """One reward per sequence of token ids, in order. The ids are scored as they are."""
-        return self._gather(self._of_ids(sequences))
+        return self._transport.gather(self._of_ids(sequences, as_options(options, Cut)))
 
-    def score_pairs(self, pairs: Sequence[tuple[str | Conversation, str]]) -> list[float]:
+    def score_pairs(
+        self, pairs: Iterable[tuple[str | Conversation, str]], **options: Unpack[Options]
+    ) -> list[float]:
         """One reward per pair of a prompt and an answer to it, in order."""
-        plans, order = self._of_pairs(pairs)
-        return _in_order(self._gather(plans), order)
+        return self._transport.gather(self._of_pairs(pairs, as_options(options, Options)))
 
-    def score_texts(self, texts: Sequence[str]) -> list[float]:
+    def score_texts(self, texts: Iterable[str], **options: Unpack[Cut]) -> list[float]:
         """One reward per text that a chat template has rendered already, in order."""
-        return self._gather(self._of_texts(texts))
+        return self._transport.gather(self._of_texts(texts, as_options(options, Cut)))
 
     def reward(self, request: RewardRequest | Mapping[str, Any]) -> RewardResponse:
         """The whole reply to one request of the native format. Nothing is split."""
-        return self._carry_out(self._reward(request))
+        return self._transport.carry_out(self._reward(request))
 
     def info(self) -> dict[str, Any]:
         """What is served there: model, revision, limits, rendering."""
-        return self._carry_out(self._info())
+        return self._transport.carry_out(self._info())
 
     def ready(self) -> bool:
         """Whether a replica answers and has verified its model; False if nothing answers."""
-        return self._carry_out(self._ready())
+        return self._transport.carry_out(self._ready())
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         """Return once `ready()`; after `timeout_s` raise what stood in the way."""
-        self._carry_out(self._until_ready(timeout_s))
+        self._transport.carry_out(self._until_ready(timeout_s))
 
     def as_trl_reward_func(
-        self, *, name: str = "raywards", on_error: rlhf.OnError = "raise"
+        self,
+        *,
+        name: str = "raywards",
+        on_error: rlhf.OnError = "raise",
+        **options: Unpack[Options],
     ) -> Callable[..., list[float | None]]:
         """A function for `reward_funcs` of TRL's trainers.
 
         Args:
             name: Its `__name__`, which TRL logs `rewards/NAME/mean` under.
             on_error: What becomes of a completion that the server refuses, such as one that is too
-                long: `raise`, or `none`, which TRL leaves out of that group.
+                long or empty: `raise`, or `none`, which TRL leaves out of that group. What is wrong
+                with the request as a whole (another model, a key) is raised in both cases.
+            options: As for `score`.
         """
-        rlhf.check_on_error(on_error)
+        wanted = {**as_options(options, Options), **rlhf.of_on_error(on_error)}
 
         def reward(
             prompts: Sequence[Any], completions: Sequence[Any], **_: Any
         ) -> list[float | None]:
-            given = rlhf.of_trl(prompts, completions)
-            mode = "item" if on_error == "none" else "request"
-            if given and isinstance(given[0], tuple):
-                plans, order = self._of_pairs(given, on_error=mode)
-                return _in_order(self._gather(plans), order)
-            plans = self._of_conversations(given, on_error=mode)  # type: ignore[arg-type]
-            return list(self._gather(plans))
+            return self._transport.gather(self._of_trl(prompts, completions, wanted))
 
         reward.__name__ = name
         return reward
 
     def as_verl_compute_score(
-        self, *, prompt: str | Callable[[Mapping[str, Any]], Any] = "prompt"
+        self,
+        *,
+        prompt: str | Callable[[Mapping[str, Any]], Any] = "prompt",
+        **options: Unpack[Options],
     ) -> Callable[..., float]:
         """A function for verl's `custom_reward_function`.
 
-        `prompt`: the key of `extra_info` under which the rows keep their prompt (text or messages),
-        or a function that finds it there.
+        Args:
+            prompt: The key of `extra_info` under which the rows keep their prompt (text or
+                messages), or a function that finds it there.
+            options: As for `score`.
         """
+        wanted = as_options(options, Options)
 
         def compute_score(
             data_source: str,
@@ -124,14 +137,14 @@ class RewardClient(Plans):
             **_: Any,
         ) -> float:
             pair = rlhf.of_verl(prompt, solution_str, extra_info)
-            [score] = self.score_pairs([pair])
-            return score
+            [score] = self._transport.gather(self._of_pairs([pair], wanted))
+            return float(score)
 
         return compute_score
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,114 +157,106 @@ class RewardClient(Plans):
     ) -> None:
         self.close()
 
-    def _gather(self, plans: Sequence[Plan[list[float]]]) -> list[float]:
-        if len(plans) < 2:
-            return [reward for plan in plans for reward in self._carry_out(plan)]
-        with ThreadPoolExecutor(min(len(plans), PARALLEL_REQUESTS)) as pool:
-            running = [pool.submit(self._carry_out, plan) for plan in plans]
-            try:
-                return [reward for future in running for reward in future.result()]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _carry_out(self, plan: Plan[T]) -> T:
-        outcome: Outcome = None
-        while True:
-            try:
-                step = plan.send(outcome)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            if isinstance(step, Pause):
-                time.sleep(step.seconds)
-                outcome = None
-            else:
-                try:
-                    outcome = self._http.request(**self._request(step))
-                except httpx.TransportError as error:
-                    outcome = error
-
 
 class AsyncRewardClient(Plans):
-    """`RewardClient` for asyncio: the same methods, to be awaited."""
+    """`RewardClient` for asyncio: the same methods, to be awaited, on any event loop."""
 
-    _http: httpx.AsyncClient
+    _transport: Loops
 
-    def _open(self, limits: httpx.Limits) -> None:
-        self._http = httpx.AsyncClient(limits=limits)
+    def _open(self, max_connections: int, trust_env: bool) -> None:
+        self._transport = Loops(max_connections, trust_env)
 
-    async def score(self, conversations: Sequence[Conversation]) -> list[float]:
+    async def score(
+        self, conversations: Iterable[Conversation], **options: Unpack[Options]
+    ) -> list[float]:
         """One reward per conversation, in order. A conversation is a list of messages."""
-        return await self._gather(self._of_conversations(conversations))
+        return await self._transport.gather(
+            self._of_conversations(conversations, as_options(options, Options))
+        )
 
     async def score_responses(
-        self, prompt: str | Conversation, responses: Sequence[str]
+        self,
+        prompt: str | Conversation,
+        responses: Iterable[str],
+        **options: Unpack[Options],
     ) -> list[float]:
         """One reward per answer to `prompt`, in order."""
-        return await self._gather(self._of_responses(prompt, responses))
+        return await self._transport.gather(
+            self._of_responses(prompt, responses, as_options(options, Options))
+        )
 
-    async def score_ids(self, sequences: Iterable[Iterable[int]]) -> list[float]:
+    async def score_ids(
+        self, sequences: Iterable[Iterable[int]], **options: Unpack[Cut]
+    ) -> list[float]:
         """One reward per sequence of token ids, in order. The ids are scored as they are."""
-        return await self._gather(self._of_ids(sequences))
+        return await self._transport.gather(self._of_ids(sequences, as_options(options, Cut)))
 
-    async def score_pairs(self, pairs: Sequence[tuple[str | Conversation, str]]) -> list[float]:
+    async def score_pairs(
+        self, pairs: Iterable[tuple[str | Conversation, str]], **options: Unpack[Options]
+    ) -> list[float]:
         """One reward per pair of a prompt and an answer to it, in order."""
-        plans, order = self._of_pairs(pairs)
-        return _in_order(await self._gather(plans), order)
+        return await self._transport.gather(self._of_pairs(pairs, as_options(options, Options)))
 
-    async def score_texts(self, texts: Sequence[str]) -> list[float]:
+    async def score_texts(self, texts: Iterable[str], **options: Unpack[Cut]) -> list[float]:
         """One reward per text that a chat template has rendered already, in order."""
-        return await self._gather(self._of_texts(texts))
+        return await self._transport.gather(self._of_texts(texts, as_options(options, Cut)))
 
     async def reward(self, request: RewardRequest | Mapping[str, Any]) -> RewardResponse:
         """The whole reply to one request of the native format. Nothing is split."""
-        return await self._carry_out(self._reward(request))
+        return await self._transport.carry_out(self._reward(request))
 
     async def info(self) -> dict[str, Any]:
         """What is served there: model, revision, limits, rendering."""
-        return await self._carry_out(self._info())
+        return await self._transport.carry_out(self._info())
 
     async def ready(self) -> bool:
         """Whether a replica answers and has verified its model; False if nothing answers."""
-        return await self._carry_out(self._ready())
+        return await self._transport.carry_out(self._ready())
 
     async def wait_until_ready(self, timeout_s: float = 60.0) -> None:
         """Return once `ready()`; after `timeout_s` raise what stood in the way."""
-        await self._carry_out(self._until_ready(timeout_s))
+        await self._transport.carry_out(self._until_ready(timeout_s))
 
     def as_trl_reward_func(
-        self, *, name: str = "raywards", on_error: rlhf.OnError = "raise"
+        self,
+        *,
+        name: str = "raywards",
+        on_error: rlhf.OnError = "raise",
+        **options: Unpack[Options],
     ) -> Callable[..., Awaitable[list[float | None]]]:
         """A function for `reward_funcs` of TRL's trainers.
 
         Args:
             name: Its `__name__`, which TRL logs `rewards/NAME/mean` under.
             on_error: What becomes of a completion that the server refuses, such as one that is too
-                long: `raise`, or `none`, which TRL leaves out of that group.
+                long or empty: `raise`, or `none`, which TRL leaves out of that group. What is wrong
+                with the request as a whole (another model, a key) is raised in both cases.
+            options: As for `score`.
         """
-        rlhf.check_on_error(on_error)
+        wanted = {**as_options(options, Options), **rlhf.of_on_error(on_error)}
 
         async def reward(
             prompts: Sequence[Any], completions: Sequence[Any], **_: Any
         ) -> list[float | None]:
-            given = rlhf.of_trl(prompts, completions)
-            mode = "item" if on_error == "none" else "request"
-            if given and isinstance(given[0], tuple):
-                plans, order = self._of_pairs(given, on_error=mode)
-                return _in_order(await self._gather(plans), order)
-            plans = self._of_conversations(given, on_error=mode)  # type: ignore[arg-type]
-            return list(await self._gather(plans))
+            return await self._transport.gather(self._of_trl(prompts, completions, wanted))
 
         reward.__name__ = name
         return reward
 
     def as_verl_compute_score(
-        self, *, prompt: str | Callable[[Mapping[str, Any]], Any] = "prompt"
+        self,
+        *,
+        prompt: str | Callable[[Mapping[str, Any]], Any] = "prompt",
+        **options: Unpack[Options],
     ) -> Callable[..., Awaitable[float]]:
         """A function for verl's `custom_reward_function`.
 
-        `prompt`: the key of `extra_info` under which the rows keep their prompt (text or messages),
-        or a function that finds it there.
+        Args:
+            prompt: The key of `extra_info` under which the rows keep their prompt (text or
+                messages), or a function that finds it there.
+            options: As for `score`.
         """
+        wanted = as_options(options, Options)
 
         async def compute_score(
             data_source: str,
@@ -261,14 +266,14 @@ class AsyncRewardClient(Plans):
             **_: Any,
         ) -> float:
             pair = rlhf.of_verl(prompt, solution_str, extra_info)
-            [score] = await self.score_pairs([pair])
-            return score
+            [score] = await self._transport.gather(self._of_pairs([pair], wanted))
+            return float(score)
 
         return compute_score
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._http.aclose()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -280,40 +285,3 @@ class AsyncRewardClient(Plans):
         trace: TracebackType | None,
     ) -> None:
         await self.close()
-
-    async def _gather(self, plans: Sequence[Plan[list[float]]]) -> list[float]:
-        limit = asyncio.Semaphore(PARALLEL_REQUESTS)
-
-        async def within_limit(plan: Plan[list[float]]) -> list[float]:
-            async with limit:
-                return await self._carry_out(plan)
-
-        running = [asyncio.ensure_future(within_limit(plan)) for plan in plans]
-        try:
-            return [reward for rewards in await asyncio.gather(*running) for reward in rewards]
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-
-    async def _carry_out(self, plan: Plan[T]) -> T:
-        outcome: Outcome = None
-        while True:
-            try:
-                step = plan.send(outcome)
-            except StopIteration as stop:
-                return stop.value  # type: ignore[no-any-return]
-            if isinstance(step, Pause):
-                await asyncio.sleep(step.seconds)
-                outcome = None
-            else:
-                try:
-                    outcome = await self._http.request(**self._request(step))
-                except httpx.TransportError as error:
-                    outcome = error
-
-
-def _in_order(rewards: Sequence[Any], order: Sequence[int]) -> list[Any]:
-    """Rewards at their positions."""
-    placed = dict(zip(order, rewards, strict=True))
-    return [placed[index] for index in range(len(order))]

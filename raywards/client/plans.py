@@ -8,57 +8,65 @@ models or Ray, and imports neither torch, ray nor transformers.
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import operator
-import random
 import re
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from raywards.errors import (
-    ConfigError,
-    ConversationError,
-    DeadlineError,
-    OverloadedError,
-    RequestRefusedError,
-    ServiceError,
-    UnreachableError,
+from raywards.client import rlhf
+from raywards.client.faults import Outcome, Reply, fault_of
+from raywards.client.inputs import (
+    Conversation,
+    as_json,
+    as_list,
+    as_messages,
+    as_pair,
+    as_prompt,
+    as_text,
+    as_token_ids,
+    characters,
 )
-from raywards.schemas import ErrorBody, ErrorInfo, RewardRequest, RewardResponse
+from raywards.errors import ConfigError, ConversationError, RequestRefusedError, ServiceError
+from raywards.schemas import RewardRequest, RewardResponse
 
-Message = Mapping[str, Any]
-Conversation = Sequence[Message]
-
-# One request is about one batch of the server's default budget (16,384 tokens of four characters),
-# and a few are in flight: enough to keep a replica busy, too little to fill its queue.
+# One request is about one batch of the server's default budget (16,384 tokens of four characters).
 _REQUEST_CHARACTERS = 65_536
 _CHARACTERS_PER_TOKEN = 4
-PARALLEL_REQUESTS = 4
+# Of one call. A replica batches across requests, so that many small ones keep it as busy as a few
+# large ones; and this is too little to fill its queue.
+_CHARACTERS_UNDER_WAY = 4 * _REQUEST_CHARACTERS
+# httpcore looks at every open connection for every request: 64 take three times the CPU of 32.
+_REQUESTS_UNDER_WAY = 32
 
 _CONNECT_TIMEOUT_S = 10.0
-_FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 8.0
 _READY_PAUSE_S = 0.25
 _READY_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Send:
-    """To do: this request. Comes back as a response, or as the transport's error."""
+    """To do: this request. Comes back as a reply, or as the error that kept it from coming.
+
+    timeout_s: for all of it: waiting for a connection, making one, sending, and the whole reply.
+    """
 
     method: str
-    path: str
+    url: str
+    headers: Mapping[str, str]
     body: bytes | None
-    request_id: str
     timeout_s: float
+
+    @property
+    def connect_timeout_s(self) -> float:
+        """Less than all, so that a host that is not there is told from a server that is slow."""
+        return min(0.9 * self.timeout_s, _CONNECT_TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -68,28 +76,53 @@ class Pause:
     seconds: float
 
 
-_INFO = TypeAdapter(dict[str, Any])
-
 T = TypeVar("T")
-Outcome = httpx.Response | httpx.TransportError | None
 Plan = Generator[Send | Pause, Outcome, T]
+
+_INFO = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Sequences that travel in one request: a slice of what the caller gave."""
+    """Sequences that travel in one request: some of what the caller gave.
+
+    positions: of the items, in the caller's list.
+    others: the request's other fields.
+    """
 
     field: str
     items: Sequence[Any]
-    start: int
-    rest: Mapping[str, Any]
+    positions: Sequence[int]
+    others: Mapping[str, Any]
 
     def halves(self) -> tuple[Chunk, Chunk]:
         middle = len(self.items) // 2
-        return (
-            replace(self, items=self.items[:middle]),
-            replace(self, items=self.items[middle:], start=self.start + middle),
-        )
+        first = replace(self, items=self.items[:middle], positions=self.positions[:middle])
+        return first, replace(self, items=self.items[middle:], positions=self.positions[middle:])
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the plans that a call is split into, and where the rewards that it gives belong."""
+
+    plan: Plan[Any]
+    positions: Sequence[int]
+    characters: int
+
+
+def has_room(under_way: Collection[Part], part: Part, max_connections: int) -> bool:
+    """Whether `part` may begin while those are under way."""
+    load = sum(one.characters for one in under_way) + part.characters
+    most = min(max_connections, _REQUESTS_UNDER_WAY)
+    return not under_way or (load <= _CHARACTERS_UNDER_WAY and len(under_way) < most)
+
+
+def in_order(rewards: Iterable[tuple[Part, list[Any]]]) -> list[Any]:
+    """The rewards of all parts, at their positions in the caller's list."""
+    placed: dict[int, Any] = {}
+    for part, values in rewards:
+        placed.update(zip(part.positions, values, strict=True))
+    return [placed[position] for position in sorted(placed)]
 
 
 class Plans(ABC):
@@ -105,6 +138,7 @@ class Plans(ABC):
         max_retries: int = 8,
         max_connections: int = 64,
         max_items_per_request: int = 256,
+        trust_env: bool = True,
     ) -> None:
         """
         base_url: where the model is served, route prefix included.
@@ -114,9 +148,8 @@ class Plans(ABC):
         max_retries: attempts after the first.
         max_connections: connections that are open at once.
         max_items_per_request: longer lists are split, and the rewards put together again.
+        trust_env: whether the environment names proxies (HTTP_PROXY, ...) and certificates.
         """
-        if not re.match(r"https?://[^/\s]", base_url):
-            raise ConfigError(f"base_url={base_url!r}: expected http://host:port or https://host")
         if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
             raise ConfigError("api_key: expected printable ASCII characters")
         for name, value in (
@@ -128,18 +161,16 @@ class Plans(ABC):
                 raise ConfigError(f"{name}={value}: expected a positive number")
         if max_retries < 0:
             raise ConfigError(f"max_retries={max_retries}: expected 0 or more")
-        self.base_url = base_url.rstrip("/")
+        self.base_url = _checked_url(base_url)
         self.model = model
         self.timeout_s = timeout_s
         self.max_retries = max_retries
         self.max_items_per_request = max_items_per_request
         self._api_key = api_key
-        self._open(
-            httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
-        )
+        self._open(max_connections, trust_env)
 
     @abstractmethod
-    def _open(self, limits: httpx.Limits) -> None:
+    def _open(self, max_connections: int, trust_env: bool) -> None:
         """Make the transport."""
 
     def __repr__(self) -> str:
@@ -149,106 +180,115 @@ class Plans(ABC):
     # ---- what the caller asked for, in requests
 
     def _of_conversations(
-        self, conversations: Sequence[Conversation], *, on_error: str = "request"
-    ) -> list[Plan[list[float]]]:
-        _refuse_scalar("conversations", conversations, Mapping, "[[{'role': ...}, ...], ...]")
-        for index, conversation in enumerate(conversations):
-            if not _is_list(conversation):
-                raise ConversationError(
-                    f"conversations[{index}]: expected a list of messages. For a model of plain "
-                    "text use score_responses(prompt, responses)",
-                    reason="not_messages",
-                )
-        sizes = [sum(map(_characters, conversation)) for conversation in conversations]
-        return self._split("messages", conversations, sizes, _rest(on_error))
+        self, conversations: Iterable[Conversation], others: Mapping[str, Any]
+    ) -> list[Part]:
+        expected = "[[{'role': ...}, ...], ...]"
+        given = as_list("conversations", conversations, expected, part=Mapping)
+        talks = [as_messages(f"conversations[{i}]", one) for i, one in enumerate(given)]
+        return self._split("messages", talks, others, range(len(talks)))
 
     def _of_responses(
-        self, prompt: str | Conversation, responses: Sequence[str], *, on_error: str = "request"
-    ) -> list[Plan[list[float]]]:
-        _refuse_scalar("responses", responses, str, "['first answer', 'second answer']")
-        shared = len(prompt) if isinstance(prompt, str) else sum(map(_characters, prompt))
-        sizes = [shared + len(response) for response in responses]
-        rest = {"prompt": prompt, **_rest(on_error)}
-        return self._split("responses", responses, sizes, rest)
+        self,
+        prompt: str | Conversation,
+        responses: Iterable[str],
+        others: Mapping[str, Any],
+    ) -> list[Part]:
+        given = as_list("responses", responses, "['first answer', 'second answer']")
+        texts = [as_text(f"responses[{i}]", one) for i, one in enumerate(given)]
+        others = {"prompt": as_prompt("prompt", prompt), **others}
+        return self._split("responses", texts, others, range(len(texts)))
 
     def _of_pairs(
-        self, pairs: Sequence[tuple[str | Conversation, str]], *, on_error: str = "request"
-    ) -> tuple[list[Plan[list[float]]], list[int]]:
-        """Plans, and for each reward that they give the position of its pair."""
+        self, pairs: Iterable[tuple[str | Conversation, str]], others: Mapping[str, Any]
+    ) -> list[Part]:
+        given = as_list("pairs", pairs, "[('prompt', 'answer'), ...]")
+        known = [as_pair(f"pairs[{i}]", one) for i, one in enumerate(given)]
         together: dict[str, list[int]] = {}
-        for index, (prompt, _) in enumerate(pairs):
-            together.setdefault(json.dumps(prompt, sort_keys=True, default=str), []).append(index)
-        plans: list[Plan[list[float]]] = []
+        for index, (prompt, _) in enumerate(known):
+            together.setdefault(as_json(f"pairs[{index}][0]", prompt), []).append(index)
+        parts: list[Part] = []
         for positions in together.values():
-            prompt = pairs[positions[0]][0]
-            responses = [pairs[index][1] for index in positions]
-            plans += self._of_responses(prompt, responses, on_error=on_error)
-        return plans, [index for positions in together.values() for index in positions]
+            texts = [known[index][1] for index in positions]
+            shared = {"prompt": known[positions[0]][0], **others}
+            parts += self._split("responses", texts, shared, positions)
+        return parts
 
-    def _of_texts(self, texts: Sequence[str]) -> list[Plan[list[float]]]:
-        _refuse_scalar("texts", texts, str, "['<rendered text>', ...]")
-        return self._split("input", texts, [len(text) for text in texts], {})
+    def _of_texts(self, texts: Iterable[str], others: Mapping[str, Any]) -> list[Part]:
+        given = as_list("texts", texts, "['<rendered text>', ...]")
+        known = [as_text(f"texts[{i}]", one) for i, one in enumerate(given)]
+        return self._split("input", known, others, range(len(known)))
 
-    def _of_ids(self, sequences: Iterable[Iterable[int]]) -> list[Plan[list[float]]]:
-        rows = []
-        for index, sequence in enumerate(sequences):
-            try:
-                rows.append([operator.index(token) for token in sequence])
-            except TypeError:
-                raise ConversationError(
-                    f"sequences[{index}]: expected a list of token ids (integers)",
-                    reason="not_token_ids",
-                ) from None
-        return self._split(
-            "input_ids", rows, [len(row) * _CHARACTERS_PER_TOKEN for row in rows], {}
-        )
+    def _of_ids(self, sequences: Iterable[Iterable[int]], others: Mapping[str, Any]) -> list[Part]:
+        given = as_list("sequences", sequences, "[[1, 2, 3], ...]")
+        rows = [as_token_ids(f"sequences[{i}]", one) for i, one in enumerate(given)]
+        return self._split("input_ids", rows, others, range(len(rows)))
+
+    def _of_trl(
+        self, prompts: Sequence[Any], completions: Sequence[Any], others: Mapping[str, Any]
+    ) -> list[Part]:
+        given = rlhf.of_trl(prompts, completions)
+        if given and isinstance(given[0], tuple):
+            return self._of_pairs(given, others)
+        return self._of_conversations(given, others)  # type: ignore[arg-type]
 
     def _split(
-        self, field: str, items: Sequence[Any], sizes: Sequence[int], rest: Mapping[str, Any]
-    ) -> list[Plan[list[float]]]:
-        plans = []
+        self,
+        field: str,
+        items: Sequence[Any],
+        others: Mapping[str, Any],
+        positions: Sequence[int],
+    ) -> list[Part]:
+        """Requests of a size that is worth one, in the order of the items."""
+        shared = characters(others.get("prompt", ""))
+        parts: list[Part] = []
         start, load = 0, 0
-        for end, size in enumerate(sizes):
+        sizes = [shared + _size(field, item) for item in items]
+        for end, size in enumerate([*sizes, 0]):
             full = end - start >= self.max_items_per_request or load + size > _REQUEST_CHARACTERS
-            if end > start and full:
-                plans.append(self._rewards(Chunk(field, items[start:end], start, rest)))
+            if end > start and (full or end == len(items)):
+                chunk = Chunk(field, items[start:end], positions[start:end], others)
+                parts.append(Part(self._rewards(chunk), chunk.positions, load))
                 start, load = end, 0
             load += size
-        if start < len(items):
-            plans.append(self._rewards(Chunk(field, items[start:], start, rest)))
-        return plans
+        return parts
 
-    def _rewards(self, chunk: Chunk) -> Plan[list[float]]:
+    def _rewards(self, chunk: Chunk) -> Plan[list[Any]]:
+        """The rewards of a chunk; where `on_error="item"` was asked for, None for what has none."""
         try:
-            request = {**chunk.rest, chunk.field: list(chunk.items)}
-            reply = yield from self._reward(request)
+            reply = yield from self._reward({**chunk.others, chunk.field: list(chunk.items)})
         except RequestRefusedError as error:
-            if error.status != 413 or len(chunk.items) == 1:
-                raise _with_callers_index(error, chunk) from error.__cause__
-            first, second = chunk.halves()
-            before = yield from self._rewards(first)
-            after = yield from self._rewards(second)
-            return before + after
+            tolerant = chunk.others.get("on_error") == "item"
+            # The server refuses a body that breaks its schema as a whole, whatever `on_error`.
+            at_fault = re.split(r"[.\[]", error.field or "")[0] if tolerant else None
+            of_items = error.status == 413 or at_fault == chunk.field
+            if of_items and len(chunk.items) > 1:
+                first, second = chunk.halves()
+                before = yield from self._rewards(first)
+                after = yield from self._rewards(second)
+                return before + after
+            if tolerant and (of_items or at_fault == "prompt"):
+                return [None] * len(chunk.items)
+            raise _with_callers_index(error, chunk) from error.__cause__
         rewards = [item.reward for item in reply.data]
         if len(rewards) != len(chunk.items):
             raise ServiceError(
                 f"the reply has {len(rewards)} rewards for {len(chunk.items)} sequences"
             )
-        return rewards  # type: ignore[return-value]  # None where on_error="item" was asked for
+        return rewards
 
     # ---- requests
 
     def _reward(self, request: RewardRequest | Mapping[str, Any]) -> Plan[RewardResponse]:
         if isinstance(request, RewardRequest):
             request = request.model_dump(exclude_unset=True)
+        if not isinstance(request, Mapping):
+            raise ConversationError(
+                f"request: expected a RewardRequest or a dict, got a {type(request).__name__}",
+                reason="malformed",
+            )
         if self.model is not None:
             request = {"model": self.model, **request}
-        try:
-            body = json.dumps(request, allow_nan=False, separators=(",", ":")).encode()
-        except (TypeError, ValueError) as error:
-            raise ConversationError(
-                f"the request cannot be written as JSON: {error}", reason="not_json"
-            ) from None
+        body = as_json("the request", {**request}).encode()
         response = yield from self._call("POST", "/v1/reward", body)
         reply = _read(response)
         tolerant = request.get("on_error") == "item"
@@ -257,47 +297,48 @@ class Plans(ABC):
             if item.index != position or lacking or not math.isfinite(item.reward or 0.0):
                 raise ServiceError(
                     f"the reply has no usable reward at position {position}",
-                    status=response.status_code,
+                    status=response.status,
                     request_id=response.headers.get("x-request-id"),
                 )
         return reply
 
     def _info(self) -> Plan[dict[str, Any]]:
-        response = yield from self._call("GET", "/info", None)
+        reply = yield from self._call("GET", "/info", None)
         try:
-            return _INFO.validate_json(response.content)
+            return _INFO.validate_json(reply.content)
         except ValidationError:
             raise ServiceError(f"{self.base_url}/info did not answer with a JSON object") from None
 
     def _ready(self) -> Plan[bool]:
         timeout_s = min(_READY_TIMEOUT_S, self.timeout_s)
-        outcome = yield Send("GET", "/ready", None, _new_id(), timeout_s)
-        return isinstance(outcome, httpx.Response) and outcome.status_code == 200
+        outcome = yield self._send("GET", "/ready", None, uuid.uuid4().hex, timeout_s)
+        return isinstance(outcome, Reply) and outcome.status == 200
 
     def _until_ready(self, timeout_s: float) -> Plan[None]:
         deadline = time.monotonic() + timeout_s
         while True:
             remaining = deadline - time.monotonic()
             patience = min(_READY_TIMEOUT_S, max(remaining, _READY_PAUSE_S))
-            request = Send("GET", "/ready", None, _new_id(), patience)
+            request_id = uuid.uuid4().hex
+            request = self._send("GET", "/ready", None, request_id, patience)
             outcome = yield request
-            if isinstance(outcome, httpx.Response) and outcome.status_code == 200:
+            if isinstance(outcome, Reply) and outcome.status == 200:
                 return
             if deadline - time.monotonic() <= _READY_PAUSE_S:
-                raise self._fault(request, outcome).error
+                raise fault_of(f"GET {request.url}", outcome, request_id).error
             yield Pause(_READY_PAUSE_S)
 
-    def _call(self, method: str, path: str, body: bytes | None) -> Plan[httpx.Response]:
+    def _call(self, method: str, path: str, body: bytes | None) -> Plan[Reply]:
         """One request, sent until it is answered for good."""
-        request_id = _new_id()
+        request_id = uuid.uuid4().hex
         deadline = time.monotonic() + self.timeout_s
         for attempt in itertools.count():
             remaining = max(deadline - time.monotonic(), 1e-3)
-            request = Send(method, path, body, request_id, remaining)
+            request = self._send(method, path, body, request_id, remaining)
             outcome = yield request
-            if isinstance(outcome, httpx.Response) and outcome.status_code == 200:
+            if isinstance(outcome, Reply) and outcome.status == 200:
                 return outcome
-            fault = self._fault(request, outcome)
+            fault = fault_of(f"{method} {request.url}", outcome, request_id)
             pause = fault.pause(attempt)
             late = time.monotonic() + pause >= deadline
             if not fault.passing or late or attempt >= self.max_retries:
@@ -305,169 +346,53 @@ class Plans(ABC):
             yield Pause(pause)
         raise AssertionError("the loop ends by return or raise")
 
-    # ---- replies
-
-    def _fault(self, request: Send, outcome: Outcome) -> Fault:
-        where = f"{request.method} {self.base_url}{request.path}"
-        if not isinstance(outcome, httpx.Response):
-            return _transport_fault(where, outcome, request)
-        own = _own_error(outcome)
-        if own is not None:
-            return _served_fault(own, outcome, request)
-        return _foreign_fault(where, outcome, request)
-
-    def _headers(self, request: Send) -> dict[str, str]:
-        headers = {"x-request-id": request.request_id}
-        if request.body is not None:
+    def _send(
+        self, method: str, path: str, body: bytes | None, request_id: str, timeout_s: float
+    ) -> Send:
+        headers = {"x-request-id": request_id}
+        if body is not None:
             headers["content-type"] = "application/json"
         if self._api_key is not None:
             headers["authorization"] = f"Bearer {self._api_key}"
-        return headers
-
-    def _request(self, request: Send) -> dict[str, Any]:
-        """`request` as httpx wants it."""
-        connect = min(request.timeout_s, _CONNECT_TIMEOUT_S)
-        return {
-            "method": request.method,
-            "url": self.base_url + request.path,
-            "content": request.body,
-            "headers": self._headers(request),
-            "timeout": httpx.Timeout(request.timeout_s, connect=connect),
-        }
+        return Send(method, self.base_url + path, headers, body, timeout_s)
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Why an attempt gave no answer, and whether another one may."""
-
-    error: ServiceError
-    passing: bool
-    retry_after_s: float | None = None
-
-    def pause(self, attempt: int) -> float:
-        """Seconds before the next attempt: what the server asked for, else doubling; with jitter,
-        so that clients that failed together do not come back together."""
-        longest = min(_FIRST_PAUSE_S * 2.0 ** min(attempt, 30), _LONGEST_PAUSE_S)
-        jitter = random.uniform(0.5, 1.0) * longest
-        return jitter if self.retry_after_s is None else self.retry_after_s + jitter / 4
-
-
-def _transport_fault(where: str, outcome: httpx.TransportError | None, request: Send) -> Fault:
-    what = f"{type(outcome).__name__}: {outcome}" if outcome is not None else "no reply"
-    if isinstance(outcome, httpx.TimeoutException) and not isinstance(
-        outcome, httpx.ConnectTimeout
-    ):
-        late = DeadlineError(
-            f"{where}: no answer within the time limit; raise timeout_s, or send less at once",
-            request_id=request.request_id,
-        )
-        return Fault(late, passing=True)
-    gone = UnreachableError(
-        f"{where}: {what}. Is the server running there?", request_id=request.request_id
-    )
-    return Fault(gone, passing=True)
-
-
-def _served_fault(own: ErrorInfo, response: httpx.Response, request: Send) -> Fault:
-    """The server itself said what is wrong: it knows whether trying again helps."""
-    status = response.status_code
-    details: dict[str, Any] = {
-        "status": status,
-        "request_id": own.request_id or request.request_id,
-        "code": own.code,
-    }
-    if status in (429, 503):
-        wait = _retry_after_s(response)
-        error = OverloadedError(own.message, retry_after_s=wait, **details)
-        return Fault(error, passing=True, retry_after_s=wait)
-    elif status in (408, 504):
-        return Fault(DeadlineError(own.message, **details), passing=False)
-    elif status < 500:
-        return Fault(RequestRefusedError(own.message, field=own.param, **details), passing=False)
-    return Fault(ServiceError(own.message, **details), passing=False)
-
-
-def _foreign_fault(where: str, response: httpx.Response, request: Send) -> Fault:
-    """Something in front of the server spoke: a proxy whose replica was just killed, mostly."""
-    status = response.status_code
-    details: dict[str, Any] = {"status": status, "request_id": request.request_id}
-    if status in (429, 503):
-        wait = _retry_after_s(response)
-        full = OverloadedError(f"{where}: HTTP {status}", retry_after_s=wait, **details)
-        return Fault(full, passing=True, retry_after_s=wait)
-    elif status in (408, 504):
-        return Fault(DeadlineError(f"{where}: HTTP {status}", **details), passing=True)
-    elif status >= 500:
-        return Fault(ServiceError(f"{where}: HTTP {status}", **details), passing=True)
-    message = (
-        f"{where}: HTTP {status} that is not from a raywards server. Check base_url and the "
-        "route prefix"
-    )
-    return Fault(RequestRefusedError(message, **details), passing=False)
-
-
-def _own_error(response: httpx.Response) -> ErrorInfo | None:
+def _checked_url(base_url: str) -> str:
+    """Without a slash at its end. Raises `ConfigError`."""
+    expected = "expected http://host:port or https://host, and a route prefix where there is one"
     try:
-        info = ErrorBody.model_validate_json(response.content).error
-    except ValidationError:
-        return None
-    return info if info.code is not None else None
+        url = httpx.URL(base_url)
+        url.host.encode("idna")
+    except (TypeError, UnicodeError, httpx.InvalidURL) as error:
+        raise ConfigError(f"base_url={base_url!r}: {error}; {expected}") from None
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise ConfigError(f"base_url={base_url!r}: {expected}")
+    if url.port is not None and not 0 < url.port < 65_536:
+        raise ConfigError(f"base_url={base_url!r}: there is no port {url.port}; {expected}")
+    return base_url.rstrip("/")
 
 
-def _read(response: httpx.Response) -> RewardResponse:
+def _size(field: str, item: Any) -> int:
+    return len(item) * _CHARACTERS_PER_TOKEN if field == "input_ids" else characters(item)
+
+
+def _read(reply: Reply) -> RewardResponse:
     try:
-        return RewardResponse.model_validate_json(response.content)
+        return RewardResponse.model_validate_json(reply.content)
     except ValidationError as error:
         finding = error.errors(include_url=False, include_input=False)[0]
         raise ServiceError(
             f"the reply is not one of a raywards server: {finding['loc']}: {finding['msg']}",
-            status=response.status_code,
-            request_id=response.headers.get("x-request-id"),
+            status=reply.status,
+            request_id=reply.headers.get("x-request-id"),
         ) from None
-
-
-def _retry_after_s(response: httpx.Response) -> float | None:
-    try:
-        seconds = float(response.headers.get("retry-after", ""))
-    except ValueError:
-        return None
-    return seconds if 0 <= seconds < math.inf else None
 
 
 def _with_callers_index(error: RequestRefusedError, chunk: Chunk) -> RequestRefusedError:
     """The same error, with the position in the caller's list and not in the slice of it."""
     found = re.match(rf"{chunk.field}\[(\d+)\]", error.field or "")
-    if found is None or chunk.start == 0:
+    if found is None or int(found[1]) >= len(chunk.positions):
         return error
-    there = f"{chunk.field}[{int(found[1]) + chunk.start}]"
+    there = f"{chunk.field}[{chunk.positions[int(found[1])]}]"
     details = error.__dict__ | {"field": there + (error.field or "")[found.end() :]}
     return RequestRefusedError(str(error).replace(found[0], there), **details)
-
-
-def _refuse_scalar(name: str, value: object, one: type, expected: str) -> None:
-    """One where a list of them is expected would be split into nonsense."""
-    single = isinstance(value, str | Mapping)
-    if not single and isinstance(value, Sequence):
-        single = one is not str and len(value) > 0 and isinstance(value[0], one)
-    if single:
-        raise ConversationError(
-            f"{name}: expected a list such as {expected}, got a single one; put it in a list",
-            reason="not_a_list",
-        )
-
-
-def _rest(on_error: str) -> dict[str, str]:
-    return {} if on_error == "request" else {"on_error": on_error}
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _characters(message: object) -> int:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    return len(content) if isinstance(content, str) else 0
-
-
-def _new_id() -> str:
-    return uuid.uuid4().hex

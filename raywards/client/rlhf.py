@@ -32,6 +32,10 @@ def of_trl(prompts: Sequence[Any], completions: Sequence[Any]) -> list[Conversat
                 f"completions[{index}]: expected a list of messages, as the first of them is",
                 reason="not_messages",
             )
+        if not isinstance(prompt, str | Sequence):
+            raise ConversationError(
+                f"prompts[{index}]: expected text or a list of messages", reason="not_messages"
+            )
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         found.append([*turns, *completion])
     return found
@@ -58,7 +62,9 @@ def of_verl(
     return given[prompt], solution
 
 
-def check_on_error(on_error: str) -> None:
-    """Raises `ConfigError`."""
-    if on_error not in ("raise", "none"):
+def of_on_error(on_error: str) -> dict[str, str]:
+    """The fields of a request for it. Raises `ConfigError`."""
+    fields = {"raise": {}, "none": {"on_error": "item"}}
+    if on_error not in fields:
         raise ConfigError(f"on_error={on_error!r}: expected 'raise' or 'none'")
+    return fields[on_error]

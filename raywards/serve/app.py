@@ -136,6 +136,7 @@ def run(config: ServeConfig) -> None:
 def endpoint(config: ServeConfig) -> str:
     """Base URL of the served model for clients on this machine."""
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
+    host = f"[{host}]" if ":" in host else host  # IPv6
     return f"http://{host}:{config.port}{config.route_prefix.rstrip('/')}"
 
 
@@ -305,7 +306,8 @@ def _start_failure(config: ServeConfig) -> RaywardsError:
 
 def _check_endpoint(config: ServeConfig) -> None:
     """Serve keeps the port that it was first started with, whatever is asked for later."""
-    with RewardClient(endpoint(config)) as client:
+    # No proxy of the environment's: it would not reach this machine's own address.
+    with RewardClient(endpoint(config), trust_env=False) as client:
         try:
             client.wait_until_ready(30)
         except (ServiceError, UnreachableError) as error:

@@ -19,7 +19,7 @@ from served import Served
 from talks import ANSWERS, QUESTION, TALKS
 
 from raywards import RewardClient
-from raywards.errors import ConfigError
+from raywards.errors import ConfigError, RequestRefusedError
 
 JOBS = Path(__file__).parents[2] / "jobs"
 AT_ONCE = 64
@@ -152,6 +152,23 @@ def test_openrlhf_calls_our_file(
         assert info["reward"].tolist() == pytest.approx([reward], abs=1e-5)
         assert info["scores"].tolist() == pytest.approx(info["reward"].sigmoid().tolist())
         assert info["extra_logs"]["reward"].tolist() == info["reward"].tolist()
+
+
+def test_our_file_cuts_a_long_rollout_where_that_is_asked_for(
+    rm: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYWARDS_URL", rm.url)
+    queries = ["Fine. ", "Good. " * 600]
+    reward_func = load_python(JOBS / "openrlhf_reward.py").reward_func
+    with pytest.raises(RequestRefusedError, match=r"input\[1\]"):
+        reward_func(queries, queries, [None, None])
+    monkeypatch.setenv("RAYWARDS_TRUNCATION", "right")
+    found = reward_func(queries, queries, [None, None])
+    cut = rm.scorer.score_ids([rm.scorer.encode_rendered(queries[1], truncation="right")])
+    assert found["rewards"][1].item() == pytest.approx(cut[0], abs=1e-5)
+    monkeypatch.setenv("RAYWARDS_TRUNCATION", "middle")
+    with pytest.raises(ConfigError, match="truncation"):
+        reward_func(queries, queries, [None, None])
 
 
 @pytest.mark.parametrize(
