@@ -40,9 +40,10 @@ class Encoded:
 
 
 def guessed_tokens(request: ScoringRequest) -> int:
-    """Of all items, by the length of their texts."""
+    """Of all items, by the length of their texts; ids are tokens already."""
     characters = sum(item.characters() for item in request.items)
-    return characters // _USUAL_CHARACTERS_PER_TOKEN
+    ids = sum(item.num_ids() for item in request.items)
+    return characters // _USUAL_CHARACTERS_PER_TOKEN + ids
 
 
 class Tokenizer:

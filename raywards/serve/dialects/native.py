@@ -25,6 +25,7 @@ from raywards.serve.dialects import (
     ScoredItem,
     ScoringRequest,
     ScoringResult,
+    characters_in,
     errors,
     sigmoid,
 )
@@ -85,16 +86,18 @@ def _items(request: RewardRequest) -> list[Item]:
     variables = dict(request.chat_template_kwargs or {})
     if request.tools is not None:
         variables["tools"] = request.tools
+    shared = characters_in(variables or None)
     given: list[Item]
     if request.responses is not None:
         prompt = request.prompt if isinstance(request.prompt, str) else _plain(request.prompt or [])
+        shared += characters_in(prompt)
         given = [
-            Response(f"responses[{i}]", prompt, response, variables or None)
+            Response(f"responses[{i}]", prompt, response, variables or None, shared)
             for i, response in enumerate(request.responses)
         ]
     elif request.messages is not None:
         given = [
-            Conversation(field, _plain(messages), variables or None)
+            Conversation(field, _plain(messages), variables or None, shared)
             for field, messages in _each("messages", request.messages, Message)
         ]
     elif request.input_ids is not None:
