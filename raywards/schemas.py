@@ -40,6 +40,13 @@ NOT_BUILT = {
     "return": "the reply always has `num_tokens` and `truncated`",
     "chat_template": "conversations are rendered with the model's own template",
 }
+# What happens anyway: clients that are made from the format's description send it.
+_NEUTRAL = {
+    "normalize": False,
+    "priority": 0,
+    "deterministic": False,
+    "add_special_tokens": None,
+}
 
 # What the renderer passes to the template itself, and what would reach behind the template.
 _RESERVED_VARIABLES = frozenset(
@@ -300,6 +307,8 @@ class RewardRequest(Strict):
     @classmethod
     def parse(cls, body: object) -> RewardRequest:
         """`body` validated. Raises `RequestRefusedError`."""
+        if isinstance(body, Mapping):
+            body = {name: value for name, value in body.items() if not _is_neutral(name, value)}
         return validated(cls, body, NOT_BUILT)
 
     def count(self) -> int:
@@ -310,6 +319,14 @@ class RewardRequest(Strict):
         if isinstance(given, str) or (given and isinstance(given[0], Message | int)):
             return 1
         return len(given)
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether a field of `NOT_BUILT` asks for what happens anyway. False is not 0."""
+    if name not in _NEUTRAL:
+        return False
+    neutral = _NEUTRAL[name]
+    return type(value) is type(neutral) and value == neutral
 
 
 class ReplyModel(BaseModel):

@@ -57,6 +57,8 @@ def test_each_kind_of_input_is_counted(body: dict[str, Any], count: int) -> None
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
         {"messages": [{"role": "user", "content": "\0 \u202e e\u0301 🙂"}]},
+        # What happens anyway, spelled out.
+        with_input(normalize=False, priority=0, deterministic=False, add_special_tokens=None),
     ],
 )
 def test_every_option_is_accepted_where_it_means_something(body: dict[str, Any]) -> None:
@@ -164,10 +166,10 @@ REFUSED: list[tuple[Any, str | None, str, str]] = [
     *[
         (with_input(**{name: value}), name, "unsupported_field", "not supported by this server")
         for name, value in [
-            ("normalize", False),
-            ("priority", 0),
-            ("deterministic", False),
-            ("add_special_tokens", None),
+            *[("normalize", v) for v in (True, None, 0)],
+            *[("priority", v) for v in (1, False, 0.0, None)],
+            *[("deterministic", v) for v in (True, None, "no")],
+            *[("add_special_tokens", v) for v in (True, False)],
             ("return", ["tokens"]),
             ("chat_template", "{{ 1 }}"),
         ]
