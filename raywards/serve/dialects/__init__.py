@@ -12,6 +12,7 @@ Knows nothing of HTTP, models or Ray.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from raywards.errors import ServiceError
+from raywards.errors import ConversationError, ServiceError
 
 Truncation = Literal["error", "left", "right"]
 
@@ -168,7 +169,12 @@ class Ids(Item):
         return len(self.ids)
 
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
-        return encoder.check_ids(self.ids, truncation=truncation)
+        try:
+            return encoder.check_ids(self.ids, truncation=truncation)
+        except ConversationError as error:
+            # The scorer names its own argument, and the caller's name for it stands in front.
+            told = re.sub(r"^input_ids\[(\d+)\]", r"id \1", str(error))
+            raise ConversationError(told, **error.__dict__) from None
 
 
 @dataclass(frozen=True)

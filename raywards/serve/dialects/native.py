@@ -29,10 +29,12 @@ from raywards.serve.dialects import (
     errors,
     sigmoid,
 )
+from raywards.serve.dialects.bodies import refuse_query
 
 
 async def answer(call: Call, core: Core) -> Reply:
     """One reward for each sequence. Raises `ServiceError`."""
+    refuse_query(call)
     return Reply(await reward(call.body, core))
 
 
@@ -48,6 +50,7 @@ async def lines(call: Call, core: Core) -> AsyncGenerator[dict[str, Any], None]:
 
     A sequence that cannot be scored gets an entry with its `error`.
     """
+    refuse_query(call)
     request = RewardRequest.parse(call.body)
     tokens = 0
     async with aclosing(core.stream(_scoring(request))) as scored:
