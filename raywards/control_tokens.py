@@ -20,6 +20,9 @@ from typing import Any, NoReturn
 
 from raywards.conversation import Chat, conversation_error
 
+# A millisecond or so: Python's threads take turns every five.
+_SOON_ENCODED_CHARACTERS = 2048
+
 
 class ControlTokenText:
     """Finds a tokenizer's control tokens in conversations, and encodes them as text.
@@ -209,13 +212,25 @@ class _AliasEncoder:
             token
             for token in specials.tokens
             if tokenizer.convert_tokens_to_ids(token)
-            in self._backend.encode(token, add_special_tokens=False).ids
+            in encoded(self._backend, token, special_tokens=False)
         )
 
     def ids(self, rendered: str, marks: Marks) -> list[int]:
         aliased = self._specials.pattern.sub(lambda match: self._aliases[match[0]], rendered)
-        ids = self._backend.encode(marks.restore(aliased), add_special_tokens=False).ids
+        ids = encoded(self._backend, marks.restore(aliased), special_tokens=False)
         return [self._real_ids.get(token_id, token_id) for token_id in ids]
+
+
+def encoded(backend: Any, text: str, *, special_tokens: bool) -> list[int]:
+    """The ids of a text. Other threads run meanwhile, also beside a text of megabytes.
+
+    `encode` keeps Python's lock until it is through; `encode_batch_fast` gives it back, for a few
+    microseconds more a text.
+    """
+    if len(text) <= _SOON_ENCODED_CHARACTERS:
+        return list(backend.encode(text, add_special_tokens=special_tokens).ids)
+    [encoding] = backend.encode_batch_fast([text], add_special_tokens=special_tokens)
+    return list(encoding.ids)
 
 
 def copied_backend(tokenizer: Any) -> Any:

@@ -121,7 +121,13 @@ class UnreachableError(ServiceError, ConnectionError):
     """No connection to the endpoint could be made or kept."""
 
 
+# Nothing that we know has a longer name, and the comparison takes the product of the lengths.
+_LONGEST_NAME = 64
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'learning_rate'?"`, or `""` where nothing known is near `name`."""
+    if len(name) > _LONGEST_NAME:
+        return ""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

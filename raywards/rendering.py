@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
-from raywards.control_tokens import ControlTokenText, copied_backend
+from raywards.control_tokens import ControlTokenText, copied_backend, encoded
 from raywards.conversation import Chat, check_unicode, conversation_error, kind_of
 from raywards.errors import ConfigError, ConversationError
 from raywards.packing import common_prefix
@@ -289,7 +289,7 @@ class _FastEncoder:
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
 
     def ids(self, text: str, *, special_tokens: bool) -> list[int]:
-        return list(self._backend.encode(text, add_special_tokens=special_tokens).ids)
+        return encoded(self._backend, text, special_tokens=special_tokens)
 
 
 class _SlowEncoder:

@@ -40,6 +40,13 @@ NOT_BUILT = {
     "return": "the reply always has `num_tokens` and `truncated`",
     "chat_template": "conversations are rendered with the model's own template",
 }
+# What happens anyway: clients that are made from the format's description send it.
+_NEUTRAL = {
+    "normalize": False,
+    "priority": 0,
+    "deterministic": False,
+    "add_special_tokens": None,
+}
 
 # What the renderer passes to the template itself, and what would reach behind the template.
 _RESERVED_VARIABLES = frozenset(
@@ -87,6 +94,8 @@ _MAX_KWARG_CHARACTERS = 4096
 # Templates may loop over a number: `range(10**9)` would hold the renderer for minutes.
 _MAX_KWARG_NUMBER = 1_000_000
 _MAX_SHOWN = 64
+MAX_NESTING = 100
+"""Levels of lists and objects in a body. Templates render fewer (`conversation.MAX_NESTING`)."""
 
 
 def _whole_text(value: str) -> str:
@@ -298,6 +307,8 @@ class RewardRequest(Strict):
     @classmethod
     def parse(cls, body: object) -> RewardRequest:
         """`body` validated. Raises `RequestRefusedError`."""
+        if isinstance(body, Mapping):
+            body = {name: value for name, value in body.items() if not _is_neutral(name, value)}
         return validated(cls, body, NOT_BUILT)
 
     def count(self) -> int:
@@ -308,6 +319,14 @@ class RewardRequest(Strict):
         if isinstance(given, str) or (given and isinstance(given[0], Message | int)):
             return 1
         return len(given)
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether a field of `NOT_BUILT` asks for what happens anyway. False is not 0."""
+    if name not in _NEUTRAL:
+        return False
+    neutral = _NEUTRAL[name]
+    return type(value) is type(neutral) and value == neutral
 
 
 class ReplyModel(BaseModel):
@@ -407,9 +426,9 @@ class RewardResponse(ReplyModel):
 def parse_body(body: bytes) -> object:
     """JSON bytes to Python values, refusing all that two parsers could read in two ways.
 
-    Duplicate keys, NaN and Infinity, integers of thousands of digits, invalid UTF-8 and deep
-    nesting raise `RequestRefusedError` (400). Lone surrogates are left to the schema, which knows
-    their field.
+    Duplicate keys, NaN and Infinity, integers of thousands of digits, invalid UTF-8 and a nesting
+    too deep for Python raise `RequestRefusedError` (400). Lone surrogates are left to the schema,
+    which knows their field.
     """
     if not body:
         _malformed("the body is empty; expected a JSON object")
@@ -425,10 +444,20 @@ def parse_body(body: bytes) -> object:
         _malformed(f"the body is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:
         _malformed(f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})")
-    except RecursionError:
-        _malformed("the body is nested too deeply")
+    except RecursionError:  # at a depth that every Python sets anew, and far beyond ours
+        raise too_deep() from None
     except ValueError:  # Python refuses to convert integers of thousands of digits
         _malformed("the body holds an integer of thousands of digits")
+
+
+def too_deep() -> RequestRefusedError:
+    """The error for a body of more than `MAX_NESTING` levels."""
+    return refused(
+        f"the body is nested deeper than {MAX_NESTING} levels; send flatter `tools` and "
+        "`tool_calls`",
+        code="malformed_json",
+        status=400,
+    )
 
 
 _NESTED: Mapping[int | str, type[BaseModel]] = {
@@ -448,6 +477,8 @@ def validated(cls: type[Model], body: object, not_built: Mapping[str, str]) -> M
     """
     if not isinstance(body, Mapping):
         raise refused(f"expected a JSON object, got {_kind(body)}", code="not_an_object")
+    known = [field.alias or name for name, field in cls.model_fields.items()]
+    takes_others = cls.model_config.get("extra") == "ignore"
     for name in body:
         if name in not_built:
             raise refused(
@@ -455,6 +486,9 @@ def validated(cls: type[Model], body: object, not_built: Mapping[str, str]) -> M
                 field=name,
                 code="unsupported_field",
             )
+        if name not in known and not takes_others:
+            # Before pydantic, which would collect a hundred thousand of them.
+            raise _unknown(field_path((name,)), name, known)
     try:
         return cls.model_validate(body)
     except ValidationError as error:
@@ -493,27 +527,29 @@ def _told(finding: ErrorDetails, cls: type[BaseModel]) -> RequestRefusedError:
     field = context.get("field") or field_path(finding["loc"]) or None
     place = f"{field}: " if field else ""
     if kind == "extra_forbidden":
-        name = str(finding["loc"][-1])
         parents = [part for part in finding["loc"][:-1] if part in _NESTED]
         known = (_NESTED[parents[-1]] if parents else cls).model_fields
-        message = f"{place}unknown field.{did_you_mean(name, known)}"
-        if not did_you_mean(name, known):
-            message += f" Known here: {', '.join(known)}."
-        return refused(message, field=field, code="unknown_field")
+        return _unknown(field, str(finding["loc"][-1]), known)
     elif kind == "no_content":
         field = f"{field}.content"
         return refused(f"{field}: is required", field=field, code="missing_field")
     elif kind == "missing":
         return refused(f"{place}is required", field=field, code="missing_field")
     elif kind == "literal_error":
-        near = did_you_mean(str(finding["input"]), re.findall(r"'(\w+)'", context["expected"]))
-        seen = _kind(finding["input"])
+        given, words = finding["input"], re.findall(r"'(\w+)'", context["expected"])
+        near = did_you_mean(given, words) if isinstance(given, str) else ""
+        seen = _kind(given)
         return refused(f"{place}expected {context['expected']}, got {seen}.{near}", field=field)
     elif kind in ("raywards", "value_error"):
         return refused(place + finding["msg"].removeprefix("Value error, "), field=field)
     expected = _EXPECTED.get(kind, finding["msg"].replace("Input should be", "expected"))
     message = f"{place}{expected.format(**context)}, got {_kind(finding['input'])}"
     return refused(message, field=field)
+
+
+def _unknown(field: str | None, name: str, known: Iterable[str]) -> RequestRefusedError:
+    near = did_you_mean(name, known) or f" Known here: {', '.join(known)}."
+    return refused(f"{field}: unknown field.{near}", field=field, code="unknown_field")
 
 
 def _kind(value: object) -> str:
@@ -539,9 +575,11 @@ def finding(field: str | None, reason: str) -> PydanticCustomError:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     body = dict(pairs)
     if len(body) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in body if names.count(name) > 1)
-        _malformed(f"the key {shortened(twice)!r} is there twice in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                _malformed(f"the key {shortened(name)!r} is there twice in one object")
+            seen.add(name)
     return body
 
 

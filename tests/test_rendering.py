@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers, proce
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from raywards import control_tokens
 from raywards.errors import ConfigError, ConversationError
 from raywards.rendering import Rendering, truncate
 
@@ -627,3 +629,55 @@ def test_under_a_template_with_rules_of_its_own_nothing_is_split() -> None:
         + tokenizer.chat_template
     )
     assert Rendering(tokenizer).split(ids) == 0
+
+
+LONG = [
+    "the quick brown fox, " * 300,
+    "a" * 5000,
+    " " * 5000,
+    "北京🙂e\u0301ＡＢ１" * 800,
+    "<|im_end|></s>[INST]\n\n" * 400,
+    "\x00\u202e\r\n\t" * 1000,
+    "Ünïcode 3.14\u2028" * 300 + "\ufffe",
+]
+
+
+@each_tokenizer
+def test_long_texts_have_the_ids_that_short_texts_have(
+    build: Callable[[], PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are encoded by another call, which lets other threads run."""
+    rendering = Rendering(build())
+    texts = [*PLAIN[:1], *PLAIN[2:], *LONG]
+
+    def ids() -> list[list[int]]:
+        dressed = [rendering.encode_rendered(text, special_tokens=True) for text in texts]
+        plain = [rendering.encode_rendered(text) for text in texts]
+        return dressed + plain + [rendering.encode_conversation(chat("Hi", t)) for t in texts]
+
+    as_they_are = ids()
+    for limit in (0, 10**9):
+        monkeypatch.setattr(control_tokens, "_SOON_ENCODED_CHARACTERS", limit)
+        assert ids() == as_they_are
+    assert max(map(len, as_they_are)) > 1000
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    over = threading.Event()
+    pauses = [0.0]
+
+    def tick() -> None:
+        while not over.is_set():
+            before = time.perf_counter()
+            time.sleep(0.002)
+            pauses.append(time.perf_counter() - before)
+
+    text = "the quick brown fox, " * 50_000
+    ticking = threading.Thread(target=tick)
+    ticking.start()
+    started = time.perf_counter()
+    RENDERING.encode_rendered(text)
+    took = time.perf_counter() - started
+    over.set()
+    ticking.join()
+    assert max(pauses) < took / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -56,6 +57,8 @@ def test_each_kind_of_input_is_counted(body: dict[str, Any], count: int) -> None
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
         {"messages": [{"role": "user", "content": "\0 \u202e e\u0301 🙂"}]},
+        # What happens anyway, spelled out.
+        with_input(normalize=False, priority=0, deterministic=False, add_special_tokens=None),
     ],
 )
 def test_every_option_is_accepted_where_it_means_something(body: dict[str, Any]) -> None:
@@ -163,10 +166,10 @@ REFUSED: list[tuple[Any, str | None, str, str]] = [
     *[
         (with_input(**{name: value}), name, "unsupported_field", "not supported by this server")
         for name, value in [
-            ("normalize", False),
-            ("priority", 0),
-            ("deterministic", False),
-            ("add_special_tokens", None),
+            *[("normalize", v) for v in (True, None, 0)],
+            *[("priority", v) for v in (1, False, 0.0, None)],
+            *[("deterministic", v) for v in (True, None, "no")],
+            *[("add_special_tokens", v) for v in (True, False)],
             ("return", ["tokens"]),
             ("chat_template", "{{ 1 }}"),
         ]
@@ -213,6 +216,25 @@ def test_a_body_that_is_not_plain_json_is_malformed(raw: bytes, words: str) -> N
         parse_body(raw)
     assert caught.value.status == 400
     assert words in str(caught.value)
+
+
+def test_a_key_among_a_hundred_thousand_is_found_soon() -> None:
+    pairs = [f'"{n}":1' for n in range(100_000)] + ['"99999":1']
+    started = time.monotonic()
+    with pytest.raises(RequestRefusedError, match="'99999' is there twice"):
+        parse_body(("{" + ",".join(pairs) + "}").encode())
+    assert time.monotonic() - started < 2
+
+
+def test_a_name_of_megabytes_is_not_compared() -> None:
+    long = "a" * 16_000_000
+    many = with_input(**{f"field{n}": n for n in range(300_000)})
+    started = time.monotonic()
+    for body in (with_input(**{long: 1}), with_input(activation=long), many):
+        with pytest.raises(RequestRefusedError) as caught:
+            RewardRequest.parse(body)
+        assert "Did you mean" not in str(caught.value)
+    assert time.monotonic() - started < 1
 
 
 def test_a_million_wrong_entries_are_refused_at_the_first() -> None:

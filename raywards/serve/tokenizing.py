@@ -58,10 +58,12 @@ class Tokenizer:
             threading.Thread(target=self._work, name=f"tokenize_{number}", daemon=True).start()
 
     def guess(self, request: ScoringRequest) -> int:
-        """Tokens of all items, by the length of their texts: none has more than the model takes."""
+        """Tokens of all items, by the length of their texts, and of their ids: none has more than
+        the model takes."""
         longest = self._encoder.max_length
         return sum(
-            min(item.characters() // _USUAL_CHARACTERS_PER_TOKEN, longest) for item in request.items
+            min(item.characters() // _USUAL_CHARACTERS_PER_TOKEN + item.num_ids(), longest)
+            for item in request.items
         )
 
     async def encode(

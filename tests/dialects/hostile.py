@@ -128,7 +128,7 @@ NO_VALUES: dict[str, list[tuple[str, Any]]] = {
         *[("max_length", v) for v in (0, -1, 1.5, True, "8", 2**31, 2**70, 10**9)],
         *[("truncation", v) for v in ("Left", "left ", "middle", None, True, 1, ["left"])],
         *[("timeout_s", v) for v in (0, -1, 1e12, "5", True, [5])],
-        *[("priority", v) for v in (0, 2**70)],
+        *[("priority", v) for v in (1, False, 2**70)],
         *[("activation", v) for v in ("softmax", "Sigmoid", True, None)],
         *[("on_error", v) for v in ("ignore", True)],
         *[("ids", v) for v in ([1], ["a", "b"], "a", [None], ["a" * 257])],

@@ -74,6 +74,17 @@ def test_the_table_of_routes_has_each_of_them_once() -> None:
     assert sorted(named) == sorted({route.path for route in ROUTES})
 
 
+def test_the_routes_that_are_not_there_are_not_there(rm: Served) -> None:
+    rows = re.findall(r"^\| (`/.*?) \|", sections()["Routes that are not there"], re.MULTILINE)
+    paths = re.findall(r"`(/\S*?)`", " ".join(rows))
+    assert len(paths) >= 10
+    for path in paths:
+        for method in ("GET", "POST"):
+            response = rm.http.request(method, path, json={})
+            assert response.status_code == 404, path
+            assert response.json()["error"]["code"] == "no_such_route"
+
+
 @pytest.mark.parametrize("name", LISTED)
 def test_what_is_ignored_is_what_the_code_ignores(name: str) -> None:
     listed = re.search(r"^- Ignored.*?: (.*?)\.$", sections()[name], re.MULTILINE | re.DOTALL)

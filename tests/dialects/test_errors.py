@@ -159,3 +159,11 @@ def test_more_items_than_are_accepted_are_413(example: Example, guarded: Served)
     body = check(example, guarded.http.post(example.path, json=body, headers=key), 413)
     assert "9 sequences" in str(body)
     assert "8 are accepted" in str(body)
+
+
+@every
+def test_what_stands_behind_the_question_mark_has_a_meaning(example: Example, rm: Served) -> None:
+    """Else a reward would be given under another setting than the one that was asked for."""
+    response = rm.http.post(f"{example.path}?activation=sigmoid", json=example.body)
+    body = check(example, response, 400 if example.errors == "vllm" else 422)
+    assert "activation" in str(body)

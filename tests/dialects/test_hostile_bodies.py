@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,6 +29,11 @@ from served import Served
 from talks import QUESTION, TALKS
 
 BOUND = 1e-5
+# Of pydantic and of Python: what none of our messages says, and no field is called.
+INTERNALS = re.compile(
+    r"function-|functools|constrained|tagged-union|list\[|dict\[|Literal|Annotated|pydantic"
+    r"|\bstr\b|\bNoneType\b|Input should|\|(one|many|text|list|ids|pair)"
+)
 # Where the example's last field is a text, or a list of them.
 TEXTS = [example for example in EXAMPLES if "messages" not in example.body]
 MESSAGES = [
@@ -72,6 +78,8 @@ def is_refused(response: httpx.Response, what: object) -> str:
     message = error if isinstance(error, str) else error["message"]
     assert 10 < len(message) < 1000, (what, message)
     assert len(response.content) < 3000, (what, len(response.content))
+    param = error.get("param") if isinstance(error, dict) else None
+    assert not INTERNALS.search(f"{param} {message}"), (what, param, message)
     return str(message)
 
 
@@ -128,6 +136,28 @@ def test_what_is_no_token_id_is_refused(example: Example, rm: Served) -> None:
         is_refused(rm.http.post(example.path, json={name: value}), value)
 
 
+@each(IDS)
+def test_an_id_beyond_the_vocabulary_is_named_once(example: Example, rm: Served) -> None:
+    name = next(iter(example.body))
+    for value, place in (([5, 999_999], name), ([[5], [5, 999_999]], f"{name}[1]")):
+        message = is_refused(rm.http.post(example.path, json={name: value}), value)
+        assert message.startswith(f"{place}: id 1 is 999999; expected an integer from 0 to")
+
+
+@each([e for e in EXAMPLES if isinstance(e.body[field_of(e)], list) and e in TEXTS])
+def test_a_list_is_refused_at_its_bad_entry(example: Example, rm: Served) -> None:
+    """And not as a whole, for not being a text."""
+    for bad in (3, True, ["b"]):
+        if example.body[field_of(example)] == [[RENDERED]]:
+            value: Any = [["a"], [bad]]
+        else:
+            value = ["a", bad]
+        response = rm.http.post(example.path, json={**example.body, field_of(example): value})
+        message = is_refused(response, value)
+        assert f"{field_of(example)}[1]" in message
+        assert "a string" in message
+
+
 def test_two_inputs_at_once_are_refused(rm: Served) -> None:
     inputs: dict[str, Any] = {"messages": TALKS[0], "input": "a", "input_ids": [5]}
     for left in inputs:
@@ -170,7 +200,7 @@ def test_a_body_of_millions_is_refused_before_anyone_looks_at_them(name: str, rm
     content = json.dumps(MILLIONS[name], separators=(",", ":")).encode()
     assert len(content) < rm.config.max_body_bytes
     response = rm.http.post("/v1/reward", content=content, headers=JSON)
-    assert response.status_code == (422 if name == "ids" else 413)
+    assert response.status_code == 413
     is_refused(response, name)
 
 

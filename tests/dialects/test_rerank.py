@@ -177,7 +177,6 @@ def test_the_table_above_is_what_the_module_says() -> None:
         ("query", None),
         ("query", ["a"]),
         ("documents", []),
-        ("documents", [""]),
         ("documents", "a"),
         ("documents", [{"title": "a"}]),
         ("documents", [{"text": "a", "title": "b"}]),
@@ -201,6 +200,16 @@ def test_long_documents_are_refused_and_cut_where_that_is_asked(rm: Served) -> N
     assert (status, reply["error"]["param"]) == (422, "documents[0]")
     cut = rm.post("/v1/rerank", {**body, "truncate_prompt_tokens": 20})
     assert cut["usage"]["prompt_tokens"] == 20
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_a_document_may_be_empty(path: str, rm: Served) -> None:
+    """A policy that ends at once has said nothing, and that has a reward."""
+    [expected] = rm.scorer.score([[TALKS[0][0], {"role": "assistant", "content": ""}]])
+    for empty in ("", {"text": ""}):
+        body = {"query": QUESTION, "documents": [empty], "raw_scores": True}
+        [result] = rm.post(path, body)["results"]
+        assert result["relevance_score"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_document_is_the_answer_to_its_query(rm: Served) -> None:

@@ -142,3 +142,14 @@ def test_its_v1_classify_gives_a_reward_and_not_the_softmax_of_one(
     """SGLang issue 19709: there it is always 1."""
     [entry] = rm.post("/v1/classify", {"model": "rm", "input": RENDERED, "user": "u"})["data"]
     assert entry["probs"] == pytest.approx(rewards[:1], abs=1e-5)
+
+
+def test_a_response_may_be_empty(rm: Served) -> None:
+    """A policy that ends at once has said nothing, and that has a reward."""
+    [expected] = rm.scorer.score([[TALKS[0][0], {"role": "assistant", "content": ""}]])
+    for items in ("", [""]):
+        [[score]] = rm.post("/v1/score", {"query": QUESTION, "items": items})["scores"]
+        assert score == pytest.approx(expected, abs=1e-5)
+    [pair] = rm.post("/classify", {"text": [[QUESTION, ""]]})
+    assert pair["embedding"] == pytest.approx([expected], abs=1e-5)
+    assert rm.refused("/classify", {"text": [["", "a"]]})[0] == 400

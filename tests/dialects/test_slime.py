@@ -35,6 +35,15 @@ def test_a_prompt_of_text_is_rendered_already(rm: Served, rewards: list[float]) 
     assert reply == pytest.approx(rewards[0], abs=1e-5)
 
 
+def test_a_response_may_be_empty(rm: Served) -> None:
+    """A policy that ends at once has said nothing, and that has a reward."""
+    [expected] = rm.scorer.score([[TALKS[0][0], {"role": "assistant", "content": ""}]])
+    found = rm.post("/remote_rm", {"prompt": TALKS[0][:1], "response": ""})
+    assert found == pytest.approx(expected, abs=1e-5)
+    rendered = rm.post("/remote_rm", {"prompt": RENDERED[:80], "response": ""})
+    assert rendered == rm.post("/get_reward", {"query": RENDERED[:80]})["rewards"][0]
+
+
 @pytest.mark.parametrize("label", [None, "Paris", 3, 0.5, True, ["a"], {"answer": "a"}])
 def test_a_label_changes_nothing(label: Any, rm: Served) -> None:
     without = rm.post("/remote_rm", {"prompt": TALKS[0][:1], "response": ANSWERS[0]})
@@ -59,7 +68,6 @@ def test_a_response_that_is_too_long_is_refused_unless_it_may_be_cut(rm: Served)
         ("prompt", ""),
         ("prompt", []),
         ("prompt", 3),
-        ("response", ""),
         ("response", None),
         ("response", [{"role": "assistant", "content": "a"}]),
         ("metadata", {}),

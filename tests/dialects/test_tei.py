@@ -117,8 +117,12 @@ def test_the_times_stand_in_the_headers(rm: Served) -> None:
         ("/rerank", {"texts": ["a"]}, 422, "Validation"),
         ("/rerank", {"query": "a", "texts": "b"}, 422, "Validation"),
         ("/predict", {}, 422, "Validation"),
-        ("/predict", {"inputs": []}, 422, "Validation"),
-        ("/predict", {"inputs": ""}, 422, "Validation"),
+        ("/predict", {"inputs": []}, 400, "Empty"),
+        ("/predict", {"inputs": ""}, 400, "Empty"),
+        ("/", {"inputs": ""}, 400, "Empty"),
+        ("/predict", {"inputs": ["", "a"]}, 422, "Validation"),
+        ("/predict", {"inputs": ["", ""]}, 422, "Validation"),
+        ("/predict", {"inputs": [["a"], [""]]}, 422, "Validation"),
         ("/predict", {"inputs": "  "}, 422, "Validation"),
         ("/predict", {"inputs": [["  "]]}, 422, "Validation"),
         ("/predict", {"inputs": ["a", "b", "c"]}, 422, "Validation"),
@@ -138,6 +142,16 @@ def test_errors_have_its_statuses_and_kinds(
     found, reply = rm.refused(path, body)
     assert (found, reply["error_type"]) == (status, kind)
     assert set(reply) == {"error", "error_type"}
+
+
+def test_the_second_text_of_a_pair_may_be_empty(rm: Served) -> None:
+    """A policy that ends at once has said nothing, and that has a reward."""
+    [expected] = rm.scorer.score([[TALKS[0][0], {"role": "assistant", "content": ""}]])
+    [pair] = rm.post("/predict", {"inputs": [QUESTION, ""], "raw_scores": True})
+    [[one]] = rm.post("/predict", {"inputs": [[QUESTION, ""]], "raw_scores": True})
+    [rank] = rm.post("/rerank", {"query": QUESTION, "texts": [""], "raw_scores": True})
+    found = [pair["score"], one["score"], rank["score"]]
+    assert found == pytest.approx([expected] * 3, abs=1e-5)
 
 
 def test_nothing_is_ignored(rm: Served) -> None:

@@ -252,6 +252,29 @@ def test_scores_pair_one_to_many_or_as_many(rm: Served) -> None:
         assert rm.refused("/score", body)[0] == 400
 
 
+def test_a_response_may_be_empty_and_a_prompt_may_not(rm: Served) -> None:
+    """A policy that ends at once has said nothing, and that has a reward."""
+    [expected] = rm.scorer.score([[TALKS[0][0], {"role": "assistant", "content": ""}]])
+    for empty in ("", [""], [ANSWERS[0], ""]):
+        data = rm.post("/score", {"text_1": QUESTION, "text_2": empty})["data"]
+        assert data[-1]["score"] == pytest.approx(expected, abs=1e-5)
+    for empty in ("", [""]):
+        is_refused(rm, "/score", {"text_2": ANSWERS[0]}, "text_1", empty)
+
+
+def test_fields_of_sglang_that_are_null_leave_a_body_vllms(rm: Served) -> None:
+    """The two share paths, and clients send null for what they leave out."""
+    for path, body, nulls in (
+        ("/classify", TEXTS, {"text": None, "input_ids": None}),
+        ("/classify", TALK, {"text": None, "input_ids": None}),
+        ("/score", PAIR, {"query": None}),
+        ("/v1/score", PAIR, {"query": None}),
+        ("/rerank", {"query": QUESTION, "documents": ANSWERS}, {"texts": None}),
+    ):
+        assert rm.refused(path, nulls)[0] in (400, 422)
+        assert lasting(rm.post(path, body | nulls)) == lasting(rm.post(path, body))
+
+
 def test_the_same_text_twice_has_the_same_score_twice(rm: Served) -> None:
     texts = [RENDERED, ANSWERS[1], RENDERED, RENDERED]
     scores = [entry["probs"][0] for entry in rm.post("/classify", {"input": texts})["data"]]

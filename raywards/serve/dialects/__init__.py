@@ -12,15 +12,17 @@ Knows nothing of HTTP, models or Ray.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel
 
-from raywards.errors import ServiceError
+from raywards.errors import ConversationError, ServiceError
 
 Truncation = Literal["error", "left", "right"]
 
@@ -64,6 +66,10 @@ class Item(ABC):
     def characters(self) -> int:
         """Length of the text, known before it is tokenised."""
 
+    def num_ids(self) -> int:
+        """Tokens that need no guess, since the caller sent them as ids."""
+        return 0
+
     @abstractmethod
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
         """Its token ids. Raises `ConversationError`."""
@@ -79,9 +85,18 @@ class Conversation(Item):
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any] | None = None
+    shared_characters: int | None = None
+    """Of the variables, where they were counted already for other items of the request."""
 
     def characters(self) -> int:
-        return _characters(self.messages)
+        return self._characters
+
+    @cached_property
+    def _characters(self) -> int:
+        shared = self.shared_characters
+        if shared is None:
+            shared = characters_in(self.variables)
+        return shared + characters_in(self.messages)
 
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
         return encoder.encode(
@@ -96,9 +111,18 @@ class Response(Item):
     prompt: Sequence[Mapping[str, Any]] | str
     response: str
     variables: Mapping[str, Any] | None = None
+    shared_characters: int | None = None
+    """Of the prompt and the variables, where they were counted already for other responses."""
 
     def characters(self) -> int:
-        return _characters(self.prompt) + len(self.response)
+        return self._characters
+
+    @cached_property
+    def _characters(self) -> int:
+        shared = self.shared_characters
+        if shared is None:
+            shared = characters_in(self.prompt) + characters_in(self.variables)
+        return shared + len(self.response)
 
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
         return encoder.encode_response(
@@ -141,8 +165,16 @@ class Ids(Item):
     def characters(self) -> int:
         return 0
 
+    def num_ids(self) -> int:
+        return len(self.ids)
+
     def encode(self, encoder: Encoder, truncation: Truncation) -> list[int]:
-        return encoder.check_ids(self.ids, truncation=truncation)
+        try:
+            return encoder.check_ids(self.ids, truncation=truncation)
+        except ConversationError as error:
+            # The scorer names its own argument, and the caller's name for it stands in front.
+            told = re.sub(r"^input_ids\[(\d+)\]", r"id \1", str(error))
+            raise ConversationError(told, **error.__dict__) from None
 
 
 @dataclass(frozen=True)
@@ -273,9 +305,20 @@ def sigmoid(reward: float) -> float:
     return 1 / (1 + small) if reward >= 0 else small / (1 + small)
 
 
-def _characters(value: Any) -> int:
-    if isinstance(value, str):
-        return len(value)
-    elif isinstance(value, Mapping):
-        return sum(_characters(key) + _characters(entry) for key, entry in value.items())
-    return sum(map(_characters, value)) if isinstance(value, Sequence) else 0
+def characters_in(value: Any) -> int:
+    """Length of the text that plain data, such as messages or tools, at least becomes."""
+    found, left = 0, [] if value is None else [value]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            found += len(one)
+            continue
+        found += 1  # a bracket, or a digit
+        if isinstance(one, Mapping):
+            left += one
+            left += one.values()
+        elif isinstance(one, Sequence):
+            left += one
+        elif isinstance(one, int):
+            found += one.bit_length() // 4
+    return found

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 
-from raywards.schemas import Message, Some, TokenId, validated
+from raywards.schemas import Message, Some, Text, TokenId, refused, shortened, validated
 from raywards.schemas import Rendered as RenderedText
-from raywards.serve.dialects import Conversation, Ids, Item, Rendered
+from raywards.serve.dialects import Call, Conversation, Ids, Item, Rendered
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -36,6 +36,31 @@ Input = Annotated[
 """Text, texts, token ids, or lists of token ids: what OpenAI's `input` may be."""
 
 
+def one_or_many(value: Any) -> str:
+    """For discriminators of a value and a list of such."""
+    return "|many" if isinstance(value, list) else "|one"
+
+
+Prompt = Annotated[Text, Field(min_length=1)]
+Prompts = Annotated[
+    Annotated[Prompt, Tag("|one")] | Annotated[Some[Prompt], Tag("|many")],
+    Discriminator(one_or_many),
+]
+"""One text or several."""
+Responses = Annotated[
+    Annotated[Text, Tag("|one")] | Annotated[Some[Text], Tag("|many")],
+    Discriminator(one_or_many),
+]
+"""One text or several. A policy may answer nothing at all: that has a reward, too."""
+
+
+def begins_with_prompt(pair: list[str]) -> list[str]:
+    """For validators of a prompt with its response: the second may be empty."""
+    if pair[0] == "":
+        raise ValueError("the first text is empty; expected a prompt")
+    return pair
+
+
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError(f"expected a number, got {str(value).lower()}")
@@ -54,6 +79,11 @@ One = Annotated[Literal[1], BeforeValidator(_no_boolean)]
 No = Annotated[Literal[False], BeforeValidator(_a_boolean)]
 
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def has(body: object, *names: str) -> bool:
+    """Whether one of the fields stands in the body; null is none."""
+    return isinstance(body, dict) and any(body.get(name) is not None for name in names)
 
 
 def read(
@@ -78,15 +108,26 @@ def read_query(cls: type[Model], query: Mapping[str, str]) -> Model:
     return validated(cls, dict(query), {})
 
 
-def items_of(name: str, given: Any, *, special_tokens: bool = False) -> list[Item]:
+def refuse_query(call: Call) -> None:
+    """For routes whose settings all stand in the body. Raises `RequestRefusedError`."""
+    for name in call.query:
+        told = shortened(name)
+        raise refused(
+            f"{told}: this route takes no parameter behind `?`; its settings stand in the body",
+            field=told,
+            code="unknown_field",
+        )
+
+
+def items_of(name: str, value: Any, *, special_tokens: bool = False) -> list[Item]:
     """The sequences of an `Input` that stood in the field `name`."""
-    kind = _kind_of_input(given)
+    kind = _kind_of_input(value)
     if kind == "|text":
-        return [Rendered(name, given, special_tokens)]
+        return [Rendered(name, value, special_tokens)]
     elif kind == "|ids":
-        return [Ids(name, given)]
+        return [Ids(name, value)]
     many: list[Item] = []
-    for i, one in enumerate(given):
+    for i, one in enumerate(value):
         field = f"{name}[{i}]"
         many.append(Rendered(field, one, special_tokens) if kind == "|texts" else Ids(field, one))
     return many

@@ -25,13 +25,16 @@ from raywards.serve.dialects import (
     ScoredItem,
     ScoringRequest,
     ScoringResult,
+    characters_in,
     errors,
     sigmoid,
 )
+from raywards.serve.dialects.bodies import refuse_query
 
 
 async def answer(call: Call, core: Core) -> Reply:
     """One reward for each sequence. Raises `ServiceError`."""
+    refuse_query(call)
     return Reply(await reward(call.body, core))
 
 
@@ -47,6 +50,7 @@ async def lines(call: Call, core: Core) -> AsyncGenerator[dict[str, Any], None]:
 
     A sequence that cannot be scored gets an entry with its `error`.
     """
+    refuse_query(call)
     request = RewardRequest.parse(call.body)
     tokens = 0
     async with aclosing(core.stream(_scoring(request))) as scored:
@@ -85,16 +89,18 @@ def _items(request: RewardRequest) -> list[Item]:
     variables = dict(request.chat_template_kwargs or {})
     if request.tools is not None:
         variables["tools"] = request.tools
+    shared = characters_in(variables or None)
     given: list[Item]
     if request.responses is not None:
         prompt = request.prompt if isinstance(request.prompt, str) else _plain(request.prompt or [])
+        shared += characters_in(prompt)
         given = [
-            Response(f"responses[{i}]", prompt, response, variables or None)
+            Response(f"responses[{i}]", prompt, response, variables or None, shared)
             for i, response in enumerate(request.responses)
         ]
     elif request.messages is not None:
         given = [
-            Conversation(field, _plain(messages), variables or None)
+            Conversation(field, _plain(messages), variables or None, shared)
             for field, messages in _each("messages", request.messages, Message)
         ]
     elif request.input_ids is not None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from raywards.schemas import Message, ReplyModel, Some, Strict
+from raywards.schemas import Message, ReplyModel, Some, Strict, finding
 from raywards.serve.dialects import Call, Core, Reply, Route, ScoringRequest, errors
-from raywards.serve.dialects.bodies import ModelName, No, One, conversation_of, read
+from raywards.serve.dialects.bodies import ModelName, No, One, conversation_of, read, refuse_query
 
 # Settings of a generation, which a reward model does not do.
 IGNORED = frozenset(
@@ -39,17 +39,34 @@ NOT_BUILT = {
 }
 
 
+# For the schema, which cannot say who has to speak last.
+_ANSWERED = [
+    {"role": "user", "content": "Is 91 prime?"},
+    {"role": "assistant", "content": "No: 7 x 13."},
+]
+
+
 class ChatCompletionRequest(Strict):
     """Body of `POST /v1/chat/completions`: one conversation that ends with the answer to score."""
 
-    messages: Some[Message]
-    """The conversation."""
+    messages: Annotated[Some[Message], Field(examples=[_ANSWERED])]
+    """The conversation; its last message is the assistant's."""
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
     n: One = 1
     """A conversation has one reward."""
     stream: No = False
     """The reply comes in one piece."""
+
+    @model_validator(mode="after")
+    def _is_answered(self) -> ChatCompletionRequest:
+        last = self.messages[-1].role
+        if last != "assistant":
+            raise finding(
+                f"messages[{len(self.messages) - 1}].role",
+                f"expected 'assistant', got '{last}': the last message is the answer to score",
+            )
+        return self
 
 
 class RewardToken(ReplyModel):
@@ -124,6 +141,7 @@ class ChatCompletionResponse(ReplyModel):
 
 async def chat_completions(call: Call, core: Core) -> Reply:
     """The reward of the conversation, in the shape of a completion."""
+    refuse_query(call)
     request = read(ChatCompletionRequest, call.body, ignored=IGNORED, not_built=NOT_BUILT)
     item = conversation_of(request.messages, None)
     result = await core.score(ScoringRequest(items=[item], model=request.model))

@@ -25,7 +25,7 @@ from raywards.serve.dialects import (
     errors,
     sigmoid,
 )
-from raywards.serve.dialects.bodies import read
+from raywards.serve.dialects.bodies import read, refuse_query
 from raywards.serve.dialects.tei import best_first
 from raywards.serve.dialects.vllm import PoolingOptions, modern, scoring
 
@@ -42,13 +42,11 @@ NOT_BUILT = {
     "mm_processor_kwargs": "text alone is scored",
 }
 
-NotEmpty = Annotated[Text, Field(min_length=1)]
-
 
 class TextDocument(Strict):
     """A document as an object."""
 
-    text: NotEmpty
+    text: Text
     """The response."""
 
 
@@ -57,7 +55,7 @@ def _kind(value: Any) -> str:
 
 
 Document = Annotated[
-    Annotated[NotEmpty, Tag("|text")] | Annotated[TextDocument, Tag("|object")],
+    Annotated[Text, Tag("|text")] | Annotated[TextDocument, Tag("|object")],
     Discriminator(_kind),
 ]
 
@@ -171,6 +169,7 @@ ROUTES = (
 
 
 def _read(call: Call) -> RerankQuery:
+    refuse_query(call)
     return read(RerankQuery, modern(call.body), ignored=IGNORED, not_built=NOT_BUILT)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from raywards.schemas import (
     Rendered as RenderedText,
@@ -35,7 +35,21 @@ from raywards.serve.dialects import (
     ScoringRequest,
     errors,
 )
-from raywards.serve.dialects.bodies import Input, ModelName, No, Zero, items_of, read, vector_of_one
+from raywards.serve.dialects.bodies import (
+    Input,
+    ModelName,
+    No,
+    Prompt,
+    Responses,
+    Zero,
+    begins_with_prompt,
+    has,
+    items_of,
+    one_or_many,
+    read,
+    refuse_query,
+    vector_of_one,
+)
 
 # SGLang does nothing with `user`.
 IGNORED = frozenset({"user"})
@@ -62,8 +76,12 @@ def _kind_of_ids(value: Any) -> str:
     return "|many" if isinstance(first, list) else "|one"
 
 
-Pair = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(min_length=2, max_length=2)]
+Pair = Annotated[list[Text], Field(min_length=2, max_length=2), AfterValidator(begins_with_prompt)]
 RequestId = Annotated[Text, Field(max_length=128)]
+RequestIds = Annotated[
+    Annotated[RequestId, Tag("|one")] | Annotated[Some[RequestId], Tag("|many")],
+    Discriminator(one_or_many),
+]
 
 
 class EmbeddingReqInput(Strict):
@@ -87,7 +105,7 @@ class EmbeddingReqInput(Strict):
         | None
     ) = None
     """Token ids of one sequence, or of several."""
-    rid: RequestId | list[RequestId] | None = None
+    rid: RequestIds | None = None
     """The caller's name for the sequence, or for each of them."""
     priority: Zero | None = None
     """Requests are served oldest first."""
@@ -133,9 +151,9 @@ class EmbeddingRequest(Strict):
 class ScoringBody(Strict):
     """Body of SGLang's `POST /v1/score`: one prompt, several responses."""
 
-    query: Annotated[Text, Field(min_length=1)]
+    query: Prompt
     """The prompt."""
-    items: Annotated[Text, Field(min_length=1)] | Some[Annotated[Text, Field(min_length=1)]]
+    items: Responses
     """The responses."""
     model: ModelName | None = None
     """Name of the served model. Default: whichever is served."""
@@ -213,7 +231,7 @@ class ScoringReply(ReplyModel):
 
 async def classify(call: Call, core: Core) -> Reply:
     """The raw reward of each sequence."""
-    request = _read(EmbeddingReqInput, call.body)
+    request = _read(EmbeddingReqInput, call)
     result = await core.score(ScoringRequest(items=request.items()))
     latency = round(result.queue_s + result.tokenize_s + result.forward_s, 6)
     entries = [
@@ -232,7 +250,7 @@ async def classify(call: Call, core: Core) -> Reply:
 
 async def embeddings(call: Call, core: Core) -> Reply:
     """The raw reward of each sequence, as a vector of one."""
-    request = _read(EmbeddingRequest, call.body)
+    request = _read(EmbeddingRequest, call)
     items = items_of("input", request.input, special_tokens=True)
     result = await core.score(ScoringRequest(items=items, model=request.model))
     form = request.encoding_format
@@ -246,7 +264,7 @@ async def embeddings(call: Call, core: Core) -> Reply:
 
 async def score(call: Call, core: Core) -> Reply:
     """The raw reward of each response to the prompt."""
-    request = _read(ScoringBody, call.body)
+    request = _read(ScoringBody, call)
     if isinstance(request.items, str):
         items = [Response("items", request.query, request.items)]
     else:
@@ -266,11 +284,11 @@ async def score(call: Call, core: Core) -> Reply:
 
 
 def _has_text_or_ids(body: object) -> bool:
-    return isinstance(body, dict) and ("text" in body or "input_ids" in body)
+    return has(body, "text", "input_ids")
 
 
 def _has_one_query(body: object) -> bool:
-    return isinstance(body, dict) and "query" in body
+    return has(body, "query")
 
 
 ROUTES = (
@@ -288,8 +306,9 @@ ROUTES = (
 )
 
 
-def _read(cls: Any, body: object) -> Any:
-    return read(cls, body, ignored=IGNORED, not_built=NOT_BUILT)
+def _read(cls: Any, call: Call) -> Any:
+    refuse_query(call)
+    return read(cls, call.body, ignored=IGNORED, not_built=NOT_BUILT)
 
 
 def _name(request: EmbeddingReqInput, index: int, call: Call) -> str:

@@ -41,8 +41,8 @@ class RemoteRmRequest(Strict):
         Discriminator(_kind),
     ]
     """Rendered text, or messages."""
-    response: Annotated[Text, Field(min_length=1)]
-    """What the policy answered."""
+    response: Text
+    """What the policy answered; it may have ended at once."""
     label: Any = None
     """For rule-based rewards; a reward model has no use for it."""
 

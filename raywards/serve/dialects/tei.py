@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from raywards.schemas import Rendered as RenderedText
 from raywards.schemas import ReplyModel, Some, Strict, Text, refused
@@ -34,10 +34,12 @@ from raywards.serve.dialects import (
     errors,
     sigmoid,
 )
-from raywards.serve.dialects.bodies import read
+from raywards.serve.dialects.bodies import begins_with_prompt, has, read, refuse_query
 
 Direction = Literal["Left", "Right", "left", "right"]
-NotEmpty = Annotated[Text, Field(min_length=1)]
+OneOrTwo = Annotated[
+    list[Text], Field(min_length=1, max_length=2), AfterValidator(begins_with_prompt)
+]
 
 
 def _kind(value: Any) -> str:
@@ -60,10 +62,8 @@ class PredictRequest(Strict):
 
     inputs: Annotated[
         Annotated[RenderedText, Tag("|text")]
-        | Annotated[Annotated[list[NotEmpty], Field(min_length=1, max_length=2)], Tag("|pair")]
-        | Annotated[
-            Some[Annotated[list[NotEmpty], Field(min_length=1, max_length=2)]], Tag("|batch")
-        ],
+        | Annotated[OneOrTwo, Tag("|pair")]
+        | Annotated[Some[OneOrTwo], Tag("|batch")],
         Discriminator(_kind),
     ]
     """A text; a pair of prompt and response; or a list of lists of one or two texts."""
@@ -82,7 +82,7 @@ class RerankRequest(Strict):
 
     query: RenderedText
     """The prompt."""
-    texts: Some[NotEmpty]
+    texts: Some[Text]
     """The responses."""
     truncate: bool = True
     """Cut what is too long, rather than refuse it."""
@@ -116,6 +116,8 @@ class Rank(ReplyModel):
 
 async def predict(call: Call, core: Core) -> Reply:
     """The one label with its score: of a text or a pair, or of each entry of a batch."""
+    refuse_query(call)
+    _check_any(call.body, "inputs", "text")
     request = read(PredictRequest, call.body)
     kind = _kind(request.inputs)
     of_the_hub = request.parameters is not None
@@ -141,8 +143,8 @@ async def predict(call: Call, core: Core) -> Reply:
 
 async def rerank(call: Call, core: Core) -> Reply:
     """The responses, best first."""
-    if isinstance(call.body, dict) and call.body.get("texts") == []:
-        raise refused("texts: is empty; expected the responses", field="texts", code="empty")
+    refuse_query(call)
+    _check_any(call.body, "texts", "the responses")
     request = read(RerankRequest, call.body)
     items = [Response(f"texts[{i}]", request.query, text) for i, text in enumerate(request.texts)]
     result = await core.score(ScoringRequest(items=items, truncation=_truncation(request)))
@@ -179,7 +181,7 @@ def timings(result: ScoringResult, items: list[Item] | list[Response]) -> dict[s
 
 def claims_rerank(body: object) -> bool:
     """Whether a body at `/rerank` is TEI's."""
-    return isinstance(body, dict) and "texts" in body
+    return has(body, "texts")
 
 
 _PREDICTIONS = list[Prediction] | list[list[Prediction]]
@@ -191,6 +193,12 @@ ROUTES = (
     ),
     Route("/rerank", RerankRequest, list[Rank], rerank, errors.tei, claims=claims_rerank),
 )
+
+
+def _check_any(body: object, name: str, what: str) -> None:
+    """There is something to score, or TEI has an error of its own for it."""
+    if isinstance(body, dict) and body.get(name) in ("", []):
+        raise refused(f"{name}: is empty; expected {what}", field=name, code="empty")
 
 
 def _item(field: str, texts: list[str]) -> Item:

@@ -42,10 +42,13 @@ from raywards.serve.dialects.bodies import (
     Input,
     ModelName,
     No,
+    Prompts,
+    Responses,
     Zero,
     conversation_of,
     items_of,
     read,
+    refuse_query,
     vector_of_one,
 )
 
@@ -134,25 +137,22 @@ class PoolingRequest(ClassifyRequest):
     """JSON numbers, or base64 of the vector's float32s."""
 
 
-OneOrMany = Annotated[Text, Field(min_length=1)] | Some[Annotated[Text, Field(min_length=1)]]
-
-
 class ScoreRequest(PoolingOptions):
     """Body of `POST /score`: prompts and responses, 1 to N or N to N, in one of four spellings."""
 
-    text_1: OneOrMany | None = None
+    text_1: Prompts | None = None
     """Prompts."""
-    text_2: OneOrMany | None = None
+    text_2: Responses | None = None
     """Responses."""
-    queries: OneOrMany | None = None
+    queries: Prompts | None = None
     """Prompts."""
-    documents: OneOrMany | None = None
+    documents: Responses | None = None
     """Responses."""
-    items: OneOrMany | None = None
+    items: Responses | None = None
     """Responses."""
-    data_1: OneOrMany | None = None
+    data_1: Prompts | None = None
     """Prompts."""
-    data_2: OneOrMany | None = None
+    data_2: Responses | None = None
     """Responses."""
 
     @model_validator(mode="after")
@@ -160,7 +160,7 @@ class ScoreRequest(PoolingOptions):
         self.sides()
         return self
 
-    def sides(self) -> tuple[str, OneOrMany, str, OneOrMany]:
+    def sides(self) -> tuple[str, Prompts, str, Responses]:
         """Name and value of the prompts and of the responses."""
         given = [name for name in _SIDES if getattr(self, name) is not None]
         for left, right in _SPELLINGS:
@@ -265,7 +265,7 @@ class ScoreResponse(_Envelope):
 
 async def classify(call: Call, core: Core) -> Reply:
     """The label of each sequence with its score."""
-    request = _read(ClassifyRequest, call.body)
+    request = _read(ClassifyRequest, call)
     result = await core.score(scoring(request, _items(request)))
     scores = activated(result, on=request.use_activation)
     data = [
@@ -277,7 +277,7 @@ async def classify(call: Call, core: Core) -> Reply:
 
 async def pooling(call: Call, core: Core) -> Reply:
     """The score of each sequence as a vector of one."""
-    request = _read(PoolingRequest, call.body)
+    request = _read(PoolingRequest, call)
     result = await core.score(scoring(request, _items(request)))
     scores = activated(result, on=request.use_activation)
     data = [
@@ -289,7 +289,7 @@ async def pooling(call: Call, core: Core) -> Reply:
 
 async def score(call: Call, core: Core) -> Reply:
     """The score of each response to its prompt."""
-    request = _read(ScoreRequest, call.body)
+    request = _read(ScoreRequest, call)
     left, prompts, right, responses = request.sides()
     result = await core.score(scoring(request, _pairs(left, prompts, right, responses)))
     scores = activated(result, on=request.use_activation)
@@ -335,8 +335,9 @@ ROUTES = (
 )
 
 
-def _read(cls: type[Asked], body: object) -> Asked:
-    return read(cls, modern(body), ignored=IGNORED, not_built=NOT_BUILT)
+def _read(cls: type[Asked], call: Call) -> Asked:
+    refuse_query(call)
+    return read(cls, modern(call.body), ignored=IGNORED, not_built=NOT_BUILT)
 
 
 def _items(request: ClassifyRequest) -> list[Item]:
@@ -346,7 +347,7 @@ def _items(request: ClassifyRequest) -> list[Item]:
     return items_of("input", request.input, special_tokens=special_tokens)
 
 
-def _pairs(left: str, prompts: OneOrMany, right: str, responses: OneOrMany) -> list[Item]:
+def _pairs(left: str, prompts: Prompts, right: str, responses: Responses) -> list[Item]:
     one_response = isinstance(responses, str)
     answers = [responses] if isinstance(responses, str) else responses
     questions = [prompts] if isinstance(prompts, str) else prompts
