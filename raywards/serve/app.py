@@ -11,6 +11,7 @@ import logging
 import re
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,7 @@ logger = logging.getLogger(__name__)
 DEPLOYMENT = "RewardModel"
 
 _POLL_S = 2.0
+_DEPLOYED_BY = "raywards:deployed_by:"
 # What Serve does itself: it changes without a restart of the replicas.
 _OF_SERVE = {
     *("min_replicas", "max_replicas", "target_replica_tokens", "max_ongoing_requests"),
@@ -105,13 +107,13 @@ def run(config: ServeConfig) -> None:
 
     stop = threading.Event()
     _start(config)  # first: where it starts a local Ray, that takes SIGTERM for itself
-    others = _deployed_at(config.name)
-    own: float | None = None
+    others = _deployment_of(config.name)
+    own = None
     try:
         # A deployment may wait for ever, for a GPU that the cluster does not have.
         _on_signals(_interrupt)
         _deploy(config)
-        own = _deployed_at(config.name)
+        own = _deployment_of(config.name)
         _check_endpoint(config)
         _on_signals(lambda *_: stop.set())
         logger.info("serving %s as %r at %s", config.model, config.name, endpoint(config))
@@ -119,7 +121,7 @@ def run(config: ServeConfig) -> None:
             application = serve.status().applications.get(config.name)
             if application is None:
                 return
-            if application.last_deployed_time_s != own:
+            if _deployment_of(config.name) != own:
                 logger.info("another deployment has taken over %r", config.name)
                 return
             if application.status == "DEPLOY_FAILED" and not _runs(application):
@@ -128,7 +130,7 @@ def run(config: ServeConfig) -> None:
         # An update that failed leaves what it was to replace, and what has been replaced meanwhile
         # is not this one's any more. Requests that are under way finish; where no replica came,
         # there is none to wait for.
-        is_own = others is None if own is None else _deployed_at(config.name) == own
+        is_own = others is None if own is None else _deployment_of(config.name) == own
         if is_own:
             serve.delete(config.name, _blocking=own is not None)
 
@@ -259,19 +261,28 @@ def _start(config: ServeConfig) -> None:
 
 def _deploy(config: ServeConfig) -> DeploymentHandle[Any]:
     from ray import serve
+    from ray.experimental.internal_kv import _internal_kv_put
 
     try:
-        return serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
+        handle = serve.run(build(config), name=config.name, route_prefix=config.route_prefix)
     except RuntimeError:
         raise _start_failure(config) from None
+    _internal_kv_put(_DEPLOYED_BY + config.name, uuid.uuid4().bytes)
+    return handle
 
 
-def _deployed_at(name: str) -> float | None:
-    """When the application was last deployed, by whomever; None where there is none."""
+def _deployment_of(name: str) -> tuple[float, bytes | None] | None:
+    """What tells this deployment of an application from the next one; None where there is none.
+
+    Serve's own time changes with config files alone; ours is written by `_deploy`.
+    """
     from ray import serve
+    from ray.experimental.internal_kv import _internal_kv_get
 
     application = serve.status().applications.get(name)
-    return None if application is None else application.last_deployed_time_s
+    if application is None:
+        return None
+    return application.last_deployed_time_s, _internal_kv_get(_DEPLOYED_BY + name)
 
 
 def _runs(application: Any) -> bool:

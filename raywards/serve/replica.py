@@ -10,6 +10,7 @@ runs under a bare FastAPI app as it does in a Serve replica.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -492,7 +493,12 @@ def load(config: ServeConfig, metrics: Metrics | None = None) -> RewardService:
         trust_remote_code=config.trust_remote_code,
     )
     config = config.model_copy(update={"max_batch_tokens": scorer.fit_memory()})
-    return service_of(scorer, config, metrics)
+    service = service_of(scorer, config, metrics)
+    # What is here now stays. To look through it for garbage takes up to 0.2 s, in which the loop
+    # stands still: a large body makes Python do that.
+    gc.collect()
+    gc.freeze()
+    return service
 
 
 def service_of(
