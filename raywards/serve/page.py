@@ -10,8 +10,8 @@ from importlib.resources import files
 
 # Everything on the page is in the file; it asks this server alone, and nobody may frame it.
 _POLICY = (
-    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src {script}; style-src {style}; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
