@@ -72,6 +72,7 @@ def server(side: str, job: dict[str, Any]) -> Iterator[str]:
     if side == "raywards_haproxy":
         environment |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
     with tempfile.TemporaryDirectory(prefix="rw") as folder, open(f"{folder}/log", "w+") as log:

@@ -119,7 +119,7 @@ def test_the_dashboard_shows_every_metric() -> None:
 
 
 def test_the_log_is_json_and_holds_no_text(rm: Served, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "raywards"):
+    with caplog.at_level(logging.DEBUG, "raywards"):
         rm.post("/v1/reward", {"messages": TALK}, **{"x-request-id": "mine"})
         rm.refused("/v1/reward", {"messages": TALK, SECRET: 1})
         rm.refused("/v1/reward", {"messages": [{"role": SECRET, "content": SECRET}]})
@@ -133,7 +133,7 @@ def test_the_log_is_json_and_holds_no_text(rm: Served, caplog: pytest.LogCapture
 def test_an_answer_in_lines_is_told_like_any_other(
     rm: Served, written: Written, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.INFO, "raywards"):
+    with caplog.at_level(logging.DEBUG, "raywards"):
         response = rm.http.post(
             "/v1/reward",
             json={"messages": [TALK, LONGER]},

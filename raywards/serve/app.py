@@ -215,10 +215,10 @@ def _version(config: ServeConfig) -> str:
 
 
 def _log_to_serve() -> None:
-    """Let the package's log lines into the replica's log, beside Serve's own."""
-    package = logging.getLogger("raywards")
-    package.handlers = list(logging.getLogger("ray.serve").handlers)
-    package.setLevel(logging.INFO)
+    """Let the package's log lines into the replica's log, beside Serve's own, from its level on."""
+    package, own = logging.getLogger("raywards"), logging.getLogger("ray.serve")
+    package.handlers = list(own.handlers)
+    package.setLevel(own.level)
 
 
 def _log_no_messages() -> None:

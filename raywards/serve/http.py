@@ -75,6 +75,7 @@ ROUTES: tuple[Route, ...] = (
 
 _LONGEST_REQUEST_ID = 128
 _NDJSON = "application/x-ndjson"
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 def create_app(current: Callable[[], RewardService], *, echo_request_id: bool = True) -> FastAPI:
@@ -288,9 +289,11 @@ def _request_id(headers: Headers) -> str:
 
 
 def _json(status: int, body: object, headers: Mapping[str, str] | None = None) -> Response:
-    text = json.dumps(body, allow_nan=False, separators=(",", ":"))
     return Response(
-        text, status_code=status, media_type="application/json", headers=dict(headers or {})
+        _ENCODE(body),
+        status_code=status,
+        media_type="application/json",
+        headers=dict(headers or {}),
     )
 
 
@@ -318,7 +321,7 @@ async def _stream(
 
 
 def _line(value: object) -> str:
-    return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"
+    return _ENCODE(value) + "\n"
 
 
 async def _unless_gone(request: Request, answer: Coroutine[Any, Any, T]) -> T:

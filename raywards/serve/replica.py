@@ -16,8 +16,8 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -196,7 +196,7 @@ class RewardService:
         return await self._score(request, Traffic())
 
     async def _score(self, request: ScoringRequest, traffic: Traffic) -> ScoringResult:
-        with _TRACER.start_as_current_span("raywards.score") as span:
+        with _span() as span:
             deadline = self._deadline(request)
             encoded, tokenize_s = await self._encode(request, deadline)
             canarys = await self._of_canary(encoded, request, traffic, deadline)
@@ -231,9 +231,7 @@ class RewardService:
     async def _stream(
         self, request: ScoringRequest, deadline: float
     ) -> AsyncGenerator[tuple[int, ScoredItem], None]:
-        # Not the current one: who takes the items may do so in several tasks.
-        span = _TRACER.start_span("raywards.score")
-        try:
+        with _span() as span:
             request = replace(request, fails_as_a_whole=False)
             encoded, tokenize_s = await self._encode(request, deadline)
             canarys = await self._of_canary(encoded, request, self.traffic, deadline)
@@ -251,8 +249,6 @@ class RewardService:
                     yield position, _scored_item(encoded[position], outcome)
                     first = await anext(each, None)
             self._tell(self._result(encoded, outcomes, canarys, tokenize_s), span)
-        finally:
-            span.end()
 
     async def _encode(
         self, request: ScoringRequest, deadline: float
@@ -383,9 +379,11 @@ class RewardService:
 
     def _tell(self, result: ScoringResult, span: trace.Span) -> None:
         """Of one request: what its answer says."""
-        about = _in_numbers(result)
-        log_event(logging.INFO, "scored", **about)
-        span.set_attributes({f"raywards.{k}": v for k, v in about.items()})
+        # Serve has a line for each request. One more takes an eighth of what small ones cost.
+        if logger.isEnabledFor(logging.DEBUG) or span.is_recording():
+            about = _in_numbers(result)
+            log_event(logging.DEBUG, "scored", **about)
+            span.set_attributes({f"raywards.{k}": v for k, v in about.items()})
         self.metrics.put(Metric.tokenize_seconds, result.tokenize_s)
         if result.batch_size:
             self.metrics.put(Metric.queue_seconds, result.queue_s)
@@ -546,6 +544,19 @@ class _Canarys:
 
     result: ScoringResult
     items: Mapping[int, ScoredItem]
+
+
+@contextmanager
+def _span() -> Iterator[trace.Span]:
+    """Of one answer, below the current one; nothing is below it, so it does not become that."""
+    span = _TRACER.start_span("raywards.score")
+    try:
+        yield span
+    except ServiceError:
+        span.set_status(trace.StatusCode.ERROR)
+        raise
+    finally:
+        span.end()
 
 
 @asynccontextmanager
