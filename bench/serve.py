@@ -174,7 +174,8 @@ def one_round(args: argparse.Namespace, texts: Texts, number: int) -> list[dict[
                 rows += asyncio.run(asked(args, texts, side, url))
             if args.tiny and side in ("raywards", "raywards_haproxy", "raywards_bare"):
                 with tempfile.TemporaryDirectory() as folder:
-                    tiny = {**job, "model": of_nothing(args.model, folder), "dtype": "float32"}
+                    model = of_nothing(args.model, folder)
+                    tiny = {**job, "model": model, "dtype": "float32", "threads": 1}
                     with server(side, tiny) as url:
                         rows += asyncio.run(beside_ping(args, texts, side, url))
         except RuntimeError as error:

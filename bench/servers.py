@@ -2,9 +2,9 @@
 
 python bench/servers.py SIDE JOB.json     run one of ours or of the plain ones until it is killed
 
-raywards            Ray Serve behind its own proxy
-raywards_haproxy    Ray Serve behind HAProxy
-raywards_bare       the same app under uvicorn, without Ray
+raywards            Ray Serve behind its own proxy: a replica for each thread, with one
+raywards_haproxy    the same behind HAProxy
+raywards_bare       the same app under uvicorn, without Ray: one process with all threads
 vllm                vLLM's OpenAI-compatible server, as it comes
 serve_rm            OpenRLHF's loop, rebuilt: a forward per request, in the event loop
 fastapi             FastAPI and transformers as one would write it first: a forward per request
@@ -136,12 +136,13 @@ def run(side: str, job: dict[str, Any]) -> None:
         uvicorn.run(_plain(job, in_thread=side == "fastapi"), access_log=False, **settings)
 
 
-def _config(job: dict[str, Any]) -> Any:
+def _config(job: dict[str, Any], replicas: int) -> Any:
     from raywards.config import ServeConfig
 
     return ServeConfig(
-        model=job["model"], dtype=job["dtype"], port=job["port"], num_cpus=job["threads"]
-    )
+        model=job["model"], dtype=job["dtype"], port=job["port"],
+        num_cpus=job["threads"] / replicas, min_replicas=replicas, max_replicas=replicas,
+    )  # fmt: skip
 
 
 def _on_serve(job: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ def _on_serve(job: dict[str, Any]) -> None:
 
     # Logical CPUs: the replica's, and one for whatever else there is.
     ray.init(address="local", num_cpus=job["threads"] + 1, include_dashboard=False)
-    run(_config(job))
+    run(_config(job, replicas=job["threads"]))
 
 
 async def _app_alone(job: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -160,7 +161,7 @@ async def _app_alone(job: dict[str, Any], settings: dict[str, Any]) -> None:
     from raywards.serve.http import create_app
     from raywards.serve.replica import load
 
-    service = load(_config(job))
+    service = load(_config(job, replicas=1))
     service.start()
     app = create_app(lambda: service)
     await uvicorn.Server(uvicorn.Config(app, access_log=False, **settings)).serve()

@@ -53,6 +53,8 @@ _PROBE_S = 10.0
 _WATCH_S = 1.0
 # A forward of one batch takes seconds. One that takes this long will not come back.
 _STUCK_S = 600.0
+# Beyond a request's deadline, for others to say themselves that it has passed.
+_GRACE_S = 1.0
 
 
 class ScorerLike(TokenizerLike, Protocol):
@@ -183,7 +185,7 @@ class RewardService:
         if other is None:
             return await self._score(request, self.traffic)
         deadline = self._deadline(request)
-        async with _until(deadline):
+        async with _until(deadline + _GRACE_S):
             return await other.score(_due(request, deadline))
 
     def _other(self, asked: str | None) -> Core | None:
@@ -219,13 +221,9 @@ class RewardService:
         if other is None:
             scored = self._stream(request, deadline)
         else:
-            scored = other.stream(_due(request, deadline))
+            scored = _in_time(other.stream(_due(request, deadline)), deadline)
         async with aclosing(scored):
-            while True:
-                async with _until(deadline):
-                    item = await anext(scored, None)
-                if item is None:
-                    return
+            async for item in scored:
                 yield item
 
     async def _stream(
@@ -263,6 +261,8 @@ class RewardService:
     async def _together(
         self, encoded: Sequence[Encoded | RequestRefusedError], own: Sequence[int], deadline: float
     ) -> list[tuple[int, Scored | Exception]]:
+        if not own:
+            return []
         submitted = _submitted([encoded[i] for i in own], deadline)
         try:
             scored = await self._batcher.submit_timed(**submitted)
@@ -568,6 +568,18 @@ async def _until(deadline: float) -> AsyncIterator[None]:
     except TimeoutError:
         message = "the deadline passed before the reward was there; allow more time"
         raise DeadlineError(message, status=504) from None
+
+
+async def _in_time(
+    items: AsyncGenerator[tuple[int, ScoredItem], None], deadline: float
+) -> AsyncGenerator[tuple[int, ScoredItem], None]:
+    async with aclosing(items):
+        while True:
+            async with _until(deadline + _GRACE_S):
+                item = await anext(items, None)
+            if item is None:
+                return
+            yield item
 
 
 def _due(request: ScoringRequest, deadline: float) -> ScoringRequest:
