@@ -20,8 +20,8 @@ from typing import Any, NoReturn
 
 from raywards.conversation import Chat, conversation_error
 
-# A millisecond or so: Python's threads take turns every five.
-_SOON_ENCODED_CHARACTERS = 2048
+# Up to here the lock is held for a moment that the batch call would take itself.
+_SOON_ENCODED_CHARACTERS = 64
 
 
 class ControlTokenText:
@@ -224,8 +224,8 @@ class _AliasEncoder:
 def encoded(backend: Any, text: str, *, special_tokens: bool) -> list[int]:
     """The ids of a text. Other threads run meanwhile, also beside a text of megabytes.
 
-    `encode` keeps Python's lock until it is through; `encode_batch_fast` gives it back, for a few
-    microseconds more a text.
+    `encode` keeps Python's lock until it is through; `encode_batch_fast` gives it back, and counts
+    no characters, for a few microseconds more a text.
     """
     if len(text) <= _SOON_ENCODED_CHARACTERS:
         return list(backend.encode(text, add_special_tokens=special_tokens).ids)
