@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from raywards.errors import DeadlineError, RequestRefusedError
-from raywards.serve.dialects import Rendered, ScoringRequest
+from raywards.serve.dialects import Ids, Rendered, ScoringRequest
 from raywards.serve.tokenizing import Encoded, Tokenizer
 
 
@@ -138,5 +138,7 @@ def test_a_bad_item_fails_the_request_or_itself_as_asked() -> None:
 def test_no_item_is_guessed_to_have_more_tokens_than_the_model_takes() -> None:
     async def scenario(tokenizer: Tokenizer, _: Encoder) -> None:
         assert tokenizer.guess(request("x" * 24_000, "y" * 40)) == 100 + 10
+        ids = [Ids("input_ids[0]", [5] * 30), Ids("input_ids[1]", [5] * 3000)]
+        assert tokenizer.guess(ScoringRequest(ids)) == 30 + 100
 
     play(scenario)

@@ -23,9 +23,8 @@ from test_hostile_bodies import is_refused
 from raywards.config import ServeConfig
 from raywards.errors import OverloadedError, RequestRefusedError
 from raywards.serve import incoming
-from raywards.serve.dialects import Conversation, Ids, Rendered, Response, ScoringRequest
+from raywards.serve.dialects import Conversation, Response
 from raywards.serve.incoming import Bodies
-from raywards.serve.tokenizing import guessed_tokens
 
 SOON_S = 4.0
 TURN = {"role": "user", "content": "a"}
@@ -186,11 +185,6 @@ def test_a_nesting_of_any_depth_can_be_counted() -> None:
     for _ in range(100_000):
         deep = [deep]
     assert Conversation("messages", [{"role": deep}]).characters() > 100_000
-
-
-def test_ids_are_tokens_and_four_characters_are_one() -> None:
-    items = [Ids("input_ids[0]", [5] * 100), Rendered("input", "a" * 400)]
-    assert guessed_tokens(ScoringRequest(items=items)) == 200
 
 
 # ---- what is held of bodies that have arrived
