@@ -83,10 +83,10 @@ def test_large_requests_do_not_hold_up_a_small_one() -> None:
         ]
         while len(encoder.asked) < 4:
             await asyncio.sleep(0.001)
+        before = len(encoder.asked)
         await encoded(tokenizer, request("small"))
         # Each of the others had a turn before it, and no more than that.
-        assert len(encoder.asked) < 200
-        assert not any(task.done() for task in large)
+        assert encoder.asked.index("small") - before < 100
         assert [len(items) for items in await asyncio.gather(*large)] == [400] * 3
 
     play(scenario, item_s=0.002)
@@ -111,13 +111,13 @@ def test_nobody_waits_past_a_deadline_however_long_a_text_takes() -> None:
 
 def test_who_leaves_stops_the_work() -> None:
     async def scenario(tokenizer: Tokenizer, encoder: Encoder) -> None:
-        leaver = asyncio.create_task(encoded(tokenizer, request(*map(str, range(1000)))))
+        leaver = asyncio.create_task(encoded(tokenizer, request(*map(str, range(4000)))))
         while len(encoder.asked) < 4:
             await asyncio.sleep(0.001)
         leaver.cancel()
         await asyncio.wait([leaver])
         await encoded(tokenizer, request("next"))
-        assert len(encoder.asked) < 900
+        assert len(encoder.asked) < 3900
 
     play(scenario, item_s=0.002)
 
