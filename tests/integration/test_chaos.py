@@ -39,7 +39,9 @@ TIMES: dict[str, float] = {}
 def cluster() -> Iterator[Any]:
     """A head without CPUs and two nodes with one each, whose raylets are real processes."""
     from ray.cluster_utils import Cluster
+    from ray.experimental import internal_kv
 
+    own = internal_kv.internal_kv_get_gcs_client()
     gcs, dashboard, agent = free_ports(3)
     store = 100 * 2**20
     started = Cluster(
@@ -59,6 +61,8 @@ def cluster() -> Iterator[Any]:
         yield started
     finally:
         started.shutdown()
+        if own is not None:  # the session's own Ray, whose store the shutdown takes away
+            internal_kv._initialize_internal_kv(own)
 
 
 def add_node(cluster: Any) -> Any:
