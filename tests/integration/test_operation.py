@@ -1,7 +1,7 @@
 """Under load, on a real Ray Serve: what an operator does to a model, and what happens to it.
 
 Clients ask all the while, and compare each answer with the rewards of the models that may give it.
-In front stands Serve's own proxy, but for the last test, which starts HAProxy.
+In front stands Serve's own proxy, but for the last test: there HAProxy does.
 """
 
 from __future__ import annotations
@@ -144,14 +144,17 @@ def wait_for(holds: Callable[[], bool], within_s: float = 60) -> float:
     return time.monotonic() - started
 
 
-def replicas(name: str = "rm") -> list[psutil.Process]:
+def replicas(name: str = "rm", parent: int | None = None) -> list[psutil.Process]:
+    """Below this process, or another one that has started Ray."""
+
     def is_one(process: psutil.Process) -> bool:
         try:
             return f"ray::ServeReplica:{name}:" in "".join(process.cmdline()[:1])
         except psutil.Error:  # it has just ended
             return False
 
-    return [process for process in psutil.Process().children(recursive=True) if is_one(process)]
+    below = psutil.Process(parent).children(recursive=True)
+    return [process for process in below if is_one(process)]
 
 
 def running_replicas(name: str = "rm") -> int:
@@ -357,40 +360,59 @@ from raywards.serve import deploy
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 try:
-    deploy(ServeConfig(**json.loads(sys.argv[1])))
-    print("ready", flush=True)
-    sys.stdin.readline()
+    for line in sys.stdin:
+        deploy(ServeConfig(**json.loads(line)))
+        print("ready", flush=True)
 finally:
     serve.shutdown()
     ray.shutdown()
 """
 
 
-def test_behind_haproxy_the_rewards_are_the_same(
-    config: ServeConfig, rewards: dict[str, list[float]]
+def test_behind_haproxy_a_killed_replica_and_an_update_lose_nothing(
+    config: ServeConfig, folders: dict[str, Path], rewards: dict[str, list[float]]
 ) -> None:
-    settings = config.model_dump_json(include={"model", "max_batch_tokens", "num_cpus"})
-    port = free_port()
+    given = {"port": free_port(), "min_replicas": 2, "max_replicas": 2}
+    here = config.model_copy(update=given)
+    asked = {"model", "max_batch_tokens", "num_cpus", *given}
     ray_folder = tempfile.mkdtemp(prefix="rw")  # the path of a socket in it must be short
-    given = settings[:-1] + f', "port": {port}}}'
     environment = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_TMPDIR": ray_folder,
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(HAPROXY), given],
+        [sys.executable, "-c", textwrap.dedent(HAPROXY)],
         env={**os.environ, **environment}, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    try:
-        assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def deployed(model: str) -> None:
+        settings = here.model_copy(update={"model": str(folders[model])})
+        process.stdin.write(settings.model_dump_json(include=asked) + "\n")
+        process.stdin.flush()
         assert process.stdout.readline() == "ready\n"
-        here = config.model_copy(update={"port": port})
+
+    try:
+        deployed("old")
         with Load(here, rewards).running(clients=8) as load:
             wait_for(lambda: load.answers["old"] > 300)
-        below = psutil.Process(process.pid).children(recursive=True)
-        assert any("haproxy" in child.name() for child in below), "something else was tested"
+            below = psutil.Process(process.pid).children(recursive=True)
+            assert any("haproxy" in child.name() for child in below), "something else was tested"
+            victim = replicas(parent=process.pid)[0]
+            victim.kill()
+            load.phase()
+            back_s = wait_for(
+                lambda: victim not in (now := replicas(parent=process.pid)) and len(now) == 2
+            )
+            wait_for(lambda: load.answers["old"] > 300)
+            deployed("new")
+            load.phase()
+            wait_for(lambda: load.answers["new"] > 300)
+            assert set(load.phase()) == {"new"}
+        print(f"a killed one replaced after {back_s:.1f} s, slowest {load.slowest_s:.1f} s")
     finally:
-        process.communicate("\n", timeout=90)
+        process.communicate(timeout=90)
         shutil.rmtree(ray_folder)
