@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 
+# Outside of the range from which Ray takes ports for its workers, and of the system's own choices.
+_FIRST, _OF_A_PROCESS, _PROCESSES = 22_000, 2_500, 4
 
-def free_port() -> int:
-    """Outside of the range from which Ray takes ports for its workers."""
-    for port in range(22_000 + os.getpid() % 8_000, 32_000):
+
+def _range() -> range:
+    """Of this process: those of pytest-xdist run side by side, and a port given is not yet taken."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = _FIRST + worker % _PROCESSES * _OF_A_PROCESS
+    return range(first, first + _OF_A_PROCESS)
+
+
+# Another run of the tests on this machine begins elsewhere.
+_PORTS = itertools.islice(itertools.cycle(_range()), os.getpid() % _OF_A_PROCESS, None)
+
+
+def free_ports(count: int) -> list[int]:
+    """None of them is given twice, so that each is free until its server takes it."""
+    found: list[int] = []
+    for port in itertools.islice(_PORTS, _OF_A_PROCESS):
         with socket.socket() as probe:
             try:
-                probe.bind(("", port))
+                probe.bind(("", port))  # Ray listens on the node's address, not on localhost
             except OSError:
                 continue
-        return port
+        found.append(port)
+        if len(found) == count:
+            return found
     raise AssertionError("no free port")
+
+
+def free_port() -> int:
+    return free_ports(1)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 
 import httpx
 import uvicorn
-from ports import free_port
 
 from raywards.config import ServeConfig
 from raywards.scorer import Scorer
@@ -57,11 +57,10 @@ def served(
         assert service is not None
         return service
 
-    port = free_port()
+    listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
         uvicorn.Config(
             wrap(create_app(current)),
-            port=port,
             log_level="warning",
             lifespan="on",
             timeout_keep_alive=_KEEP_ALIVE_S,
@@ -73,7 +72,7 @@ def served(
         nonlocal service
         service = service_of(scorer, config)
         service.start()
-        serving = asyncio.ensure_future(server.serve())
+        serving = asyncio.ensure_future(server.serve(sockets=[listener]))
         while not server.started:
             await asyncio.sleep(0.01)
         ready.set()
@@ -82,7 +81,8 @@ def served(
     thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
     thread.start()
     assert ready.wait(30)
-    running = Served(f"http://127.0.0.1:{port}", scorer, config, current())
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    running = Served(url, scorer, config, current())
     try:
         yield running
     finally:

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import torch
 import yaml
+from ports import free_ports
 from preferences_data import conversation_rows
 from safetensors.torch import load_file
-from test_jobs import free_ports
 from tiny import tiny_qwen2
 
 from raywards import RewardConfig, RewardTrainer, Scorer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from ports import free_ports
 from preferences_data import conversation_rows
 from tiny import tiny_qwen2
 
@@ -27,21 +27,6 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
 RAY = f"{sys.prefix}/bin/ray"
 ROWS = conversation_rows(45)
-
-
-def free_ports(count: int) -> list[int]:
-    """Outside of the range from which Ray takes ports for its workers, and of the system's own."""
-    found = []
-    for port in range(20_500 + os.getpid() % 9_000, 32_000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))  # Ray listens on the node's address, not on localhost
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == count:
-            return found
-    raise AssertionError(f"no {count} free ports")
 
 
 @pytest.fixture(scope="module")
