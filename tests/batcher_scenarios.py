@@ -90,6 +90,8 @@ class Scenario:
     """How often a forward fails for nobody's fault; never twice for one sequence."""
     pace: float = 0.1
     """Seconds of a usual forward."""
+    arriving: int = 0
+    """Tokens that are said to be on their way, most of the time."""
     close_at: float | None = None
     crash_at: int | None = None
     """The call of the cost function that raises."""
@@ -140,6 +142,7 @@ def draw_scenario(seed: int) -> Scenario:
         it.close_at = draw.uniform(0, at)
     if draw.random() < 0.05:
         it.crash_at = draw.randint(1, 60)
+    it.arriving = draw.choice([0, 0, 5, 1000])
     return it
 
 
@@ -284,6 +287,9 @@ class Play:
             self.crashed = True
             raise ZeroDivisionError("a fault in the batcher itself")
         return (packed_cost if self.it.packs else padded_cost)(count, longest, total)
+
+    def arriving(self) -> int:
+        return self.it.arriving * (self.draw.random() < 0.8)
 
     def score(self, sequences: list[list[int]]) -> list[float]:
         given = [tuple(ids) for ids in sequences]
@@ -522,6 +528,7 @@ class Play:
             max_batch_sequences=it.max_batch_sequences,
             max_queued_tokens=it.max_queued_tokens,
             cost=self.cost,
+            arriving=self.arriving,
         )
         self.batcher.watch = self
         self.batcher.start()

@@ -11,7 +11,7 @@ _FIRST, _OF_A_PROCESS, _PROCESSES = 22_000, 2_500, 4
 
 
 def _range() -> range:
-    """Of this process: those of pytest-xdist run side by side, and a port given is not yet taken."""
+    """Of this process: beside another of pytest-xdist, a port that is free may be about to go."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = _FIRST + worker % _PROCESSES * _OF_A_PROCESS
     return range(first, first + _OF_A_PROCESS)

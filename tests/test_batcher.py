@@ -143,6 +143,44 @@ def test_a_batch_takes_the_oldest_and_its_neighbours_in_length() -> None:
     play(scenario, max_batch_tokens=2000)
 
 
+def test_a_batch_waits_for_what_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raywards.serve.batcher._ARRIVING_S", 10.0)
+    arriving = [20]
+
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        tasks = await queue(batcher, [[1] * 20])
+        await asyncio.sleep(0.05)
+        assert scorer.batches == []
+        arriving[0] = 0
+        tasks += await queue(batcher, [[2] * 20])
+        await asyncio.gather(*tasks)
+        assert scorer.batches == [[[1] * 20, [2] * 20]]
+
+    play(scenario, arriving=lambda: arriving[0])
+
+
+@pytest.mark.parametrize(
+    ("queued", "arriving"), [(20, 2), (100, 1000)], ids=["that is little", "the batch is full"]
+)
+def test_it_does_not_wait_where(
+    queued: int, arriving: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raywards.serve.batcher._ARRIVING_S", 60.0)
+
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        await batcher.submit([[1] * queued])
+
+    play(scenario, arriving=lambda: arriving)
+
+
+def test_what_never_comes_is_waited_for_no_longer_than_a_moment() -> None:
+    async def scenario(batcher: Batcher, scorer: FakeScorer) -> None:
+        await batcher.submit([[1] * 20])
+        assert scorer.batches == [[[1] * 20]]
+
+    play(scenario, arriving=lambda: 1000)
+
+
 def test_the_cost_function_decides_what_fits() -> None:
     def packed(count: int, longest: int, total: int) -> int:
         return total

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from opentelemetry import trace
@@ -83,6 +87,39 @@ def test_a_request_is_counted_by_its_route_items_and_tokens(rm: Served, written:
         assert -0.5 < row["reward"] <= 0.5
     edges = {"0", "0.5"}
     assert sum(written.total(Metric.rewards_total, edge=edge) for edge in edges) == 4
+
+
+def test_answers_that_come_one_by_one_share_their_prompt(
+    rm: Served, written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is tokenised while the second is still on its way."""
+    monkeypatch.setattr("raywards.serve.batcher._ARRIVING_S", 30.0)
+    encode, may_go_on = rm.scorer.encode, threading.Event()
+
+    def held(messages: Any, **options: Any) -> list[int]:
+        if messages == LONGER:
+            assert may_go_on.wait(30)
+        return encode(messages, **options)
+
+    monkeypatch.setattr(rm.scorer, "encode", held)
+    with ThreadPoolExecutor() as pool:
+        longer = pool.submit(rm.post, "/v1/reward", {"messages": LONGER})
+        wait_until(lambda: rm.service.load_tokens > 0)
+        shorter = pool.submit(rm.post, "/v1/reward", {"messages": TALK})
+        wait_until(lambda: rm.service.stats()["queued_sequences"] == 1)
+        assert written.count(Metric.forward_seconds) == 0
+        may_go_on.set()
+        longer.result(), shorter.result()
+    assert written.count(Metric.forward_seconds) == 1
+    assert written.total(Metric.batch_items) == 2
+    assert written.total(Metric.tokens_total, kind="cached") > 0
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_what_goes_wrong_is_counted_by_its_reason(rm: Served, written: Written) -> None:

@@ -3,9 +3,11 @@
     submit ─► queue (oldest first) ─► batch ─► one worker thread ─► rewards ─► waiters
 
 One task owns the queue. While the thread computes, requests pile up; what has piled up is the next
-batch, so there is no waiting time to set. A batch is opened by the oldest sequence and filled with
-those nearest to it in length, within a window of the oldest; a sequence that has been overtaken too
-often goes first whatever its length. A request of many sequences is spread over batches.
+batch, so there is no waiting time to set. It waits only for what is being tokenised, for a moment:
+the answers to one prompt come one request each, all together. A batch is opened by the oldest
+sequence and filled with those nearest to it in length, within a window of the oldest; a sequence
+that has been overtaken too often goes first whatever its length. A request of many sequences is
+spread over batches.
 
 Knows only lists of token ids and a function that scores them: nothing of models, HTTP or Ray.
 """
@@ -50,6 +52,8 @@ _WASTE_TOKENS = 64
 # How fast the measured speed forgets.
 _FORGET_PER_BATCH = 0.1
 _RETRY_AFTER_S = (1.0, 60.0)
+# A batch waits for tokens that are on their way, as long as they are so much of those that wait.
+_ARRIVING_SHARE, _ARRIVING_S = 1 / 8, 0.01
 
 
 def padded_cost(count: int, longest: int, total: int) -> int:
@@ -111,6 +115,7 @@ class Batcher:
     max_queued_tokens: tokens that may wait; beyond, `submit` raises at once.
     cost: of a forward: `padded_cost`, or `packed_cost` where the scorer packs.
     observe: is told of each forward, but for those of probes alone.
+    arriving: about how many tokens will be submitted in a moment.
     """
 
     def __init__(
@@ -122,9 +127,11 @@ class Batcher:
         max_queued_tokens: int,
         cost: Cost = padded_cost,
         observe: Callable[[Forward], None] = lambda forward: None,
+        arriving: Callable[[], int] = lambda: 0,
     ) -> None:
         self.stats = BatcherStats()
         self._observe = observe
+        self._arriving = arriving
         self._score = score
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_sequences = max_batch_sequences
@@ -331,6 +338,7 @@ class Batcher:
                     self._work.clear()
                     await self._work.wait()
                     continue
+                await self._let_arrive()
                 batch = self._fill()
                 if batch:
                     await self._compute(batch)
@@ -340,6 +348,22 @@ class Batcher:
                 submission.fail(_failed("the batcher of this replica died", error))
             if not isinstance(error, Exception):
                 raise
+
+    async def _let_arrive(self) -> None:
+        """Wait for what is on its way: a prompt whose answers are in two batches is computed twice.
+
+        Under load what waits is more by far, and nothing stands still.
+        """
+        until = time.monotonic() + _ARRIVING_S
+        while 0 < self.stats.queued_tokens < self._max_batch_tokens:
+            if self._arriving() < _ARRIVING_SHARE * self.stats.queued_tokens:
+                return
+            self._work.clear()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._work.wait()
+            except TimeoutError:
+                return
 
     def _drop_void(self) -> None:
         while self._queue and not self._queue[0].queued:

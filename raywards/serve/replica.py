@@ -89,6 +89,7 @@ class RewardService:
         key = None if config.api_key is None else config.api_key.get_secret_value()
         self.keys = Keys(key, config.api_key_file)
         self._scorer = scorer
+        self._tokenizer = Tokenizer(scorer)
         self._batcher = Batcher(
             self._forward,
             max_batch_tokens=config.max_batch_tokens,
@@ -96,8 +97,8 @@ class RewardService:
             max_queued_tokens=config.max_queued_tokens,
             cost=packed_cost if scorer.packs else padded_cost,
             observe=self._measure,
+            arriving=lambda: self._tokenizer.waiting_tokens,
         )
-        self._tokenizer = Tokenizer(scorer)
         self.traffic = Traffic()
         self._recent = Recent()
         self._closed = False
