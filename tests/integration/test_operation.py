@@ -393,7 +393,7 @@ def test_behind_haproxy_a_killed_replica_and_an_update_lose_nothing(
         settings = here.model_copy(update={"model": str(folders[model])})
         process.stdin.write(settings.model_dump_json(include=asked) + "\n")
         process.stdin.flush()
-        assert process.stdout.readline() == "ready\n"
+        assert "ready\n" in process.stdout  # between lines of Ray
 
     try:
         deployed("old")
