@@ -109,7 +109,8 @@ def test_answers_that_come_one_by_one_share_their_prompt(
         wait_until(lambda: rm.service.stats()["queued_sequences"] == 1)
         assert written.count(Metric.forward_seconds) == 0
         may_go_on.set()
-        longer.result(), shorter.result()
+        longer.result()
+        shorter.result()
     assert written.count(Metric.forward_seconds) == 1
     assert written.total(Metric.batch_items) == 2
     assert written.total(Metric.tokens_total, kind="cached") > 0

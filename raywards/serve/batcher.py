@@ -3,11 +3,11 @@
     submit ─► queue (oldest first) ─► batch ─► one worker thread ─► rewards ─► waiters
 
 One task owns the queue. While the thread computes, requests pile up; what has piled up is the next
-batch, so there is no waiting time to set. It waits only for what is being tokenised, for a moment:
-the answers to one prompt come one request each, all together. A batch is opened by the oldest
-sequence and filled with those nearest to it in length, within a window of the oldest; a sequence
-that has been overtaken too often goes first whatever its length. A request of many sequences is
-spread over batches.
+batch, so there is no waiting time to set. The task waits a moment only for what is being tokenised:
+the answers to one prompt come together, in a request each. A batch is opened by the oldest sequence
+and filled with those nearest to it in length, within a window of the oldest; a sequence that has
+been overtaken too often goes first whatever its length. A request of many sequences is spread over
+batches.
 
 Knows only lists of token ids and a function that scores them: nothing of models, HTTP or Ray.
 """
@@ -52,7 +52,7 @@ _WASTE_TOKENS = 64
 # How fast the measured speed forgets.
 _FORGET_PER_BATCH = 0.1
 _RETRY_AFTER_S = (1.0, 60.0)
-# A batch waits for tokens that are on their way, as long as they are so much of those that wait.
+# A batch waits for what is on its way, if that is such a share of what is here, at most so long.
 _ARRIVING_SHARE, _ARRIVING_S = 1 / 8, 0.01
 
 

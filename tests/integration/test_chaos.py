@@ -61,7 +61,7 @@ def cluster() -> Iterator[Any]:
         yield started
     finally:
         started.shutdown()
-        if own is not None:  # the session's own Ray, whose store the shutdown takes away
+        if own is not None:  # of this process's Ray; the shutdown has taken it away
             internal_kv._initialize_internal_kv(own)
 
 

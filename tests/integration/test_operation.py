@@ -409,6 +409,7 @@ def test_behind_haproxy_a_killed_replica_and_an_update_lose_nothing(
             )
             wait_for(lambda: load.answers["old"] > 300)
             deployed("new")
+            wait_for(lambda: load.answers["new"] > 100)  # and those that were under way are there
             load.phase()
             wait_for(lambda: load.answers["new"] > 300)
             assert set(load.phase()) == {"new"}
