@@ -52,7 +52,7 @@ def describe(error: ValidationError, cls: Any) -> str:
     lines = []
     findings = error.errors(include_url=False)
     for finding in findings[:_FINDINGS_SHOWN]:
-        path = ".".join(str(part) for part in finding["loc"]) or cls.__name__
+        path = ".".join(str(part) for part in finding["loc"])
         if finding["type"] in (
             "extra_forbidden",
             "unexpected_keyword_argument",
@@ -64,7 +64,9 @@ def describe(error: ValidationError, cls: Any) -> str:
         else:
             reason = finding["msg"].removeprefix("Value error, ")
             told = finding["type"] == "value_error" or path in _SECRETS
-            lines.append(f"{path}: {reason}" + ("" if told else f" (got {finding['input']!r:.80})"))
+            # Of settings that do not agree there is no path, and all of them would be the input.
+            line = f"{path}: {reason}" if path else reason
+            lines.append(line + ("" if told or not path else f" (got {finding['input']!r:.80})"))
     if len(findings) > _FINDINGS_SHOWN:
         lines.append(f"and {len(findings) - _FINDINGS_SHOWN} more")
     return f"{cls.__name__}: " + "\n  ".join(["", *lines] if len(lines) > 1 else lines)
